@@ -1,0 +1,1 @@
+"""Sweeps on a Ray cluster. Imports nothing, so that `python -m cluster.pack` runs on a machine with only torch."""

@@ -1,0 +1,1 @@
+"""Measurements of heads: scores, ablations, and when and how they emerged."""

@@ -1,0 +1,1 @@
+"""Interacting-particle systems: what is learnt."""
