@@ -91,12 +91,14 @@ class ProbeBatch:
 
     relations: bool `[B, N, K]` by name, self excluded. distance: `[B, N, K]` or None.
     groups: bool `[B, N]` by name: tokens to split losses by (for particles: colliding, free).
+    ceilings: by group, and "all": a loss that is surely reached without attention (at worst that of the mean target).
     """
 
     batch: BatchLike
     relations: Mapping[str, Tensor]
     distance: Tensor | None = None
     groups: Mapping[str, Tensor] = field(default_factory=dict)
+    ceilings: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,11 @@ class Rows:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the columns lie."""
+        return next(iter(self.columns.values())).device
+
     def take(self, index: Tensor | slice) -> Rows:
         """The rows at `index`, an int64 tensor of any shape (its axes come first) or a slice."""
         return Rows(columns={name: value[index] for name, value in self.columns.items()}, statistics=self.statistics)

@@ -1,0 +1,131 @@
+"""Packs as Ray Tune trials: resources, the tuner, and progress on its way to the driver."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C reaches the driver, which then tells the ledger
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+
+import ray
+from ray import tune
+from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+
+from cluster.pack import make_pool
+from cluster.sweep import MemberConfig, Pack
+from cluster.trial import TrialContext, pool_name, train_pack
+
+RETRIES = 12  # of one trial; a pack gives up by itself sooner, after three failures at one step
+
+OnProgress = Callable[[str, int, float, str], None]
+"""Called with pack id, step, mean training loss and the cause of failure ('' while sound)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What one pack takes of the cluster. gpus: None: one whole GPU where the cluster has any, else none."""
+
+    cpus: float = 1.0
+    gpus: float | None = None
+
+
+@contextmanager
+def ray_cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
+    """A connection to the cluster at `address` or RAY_ADDRESS, or else a local one of this machine's cores."""
+    local = address is None and not os.environ.get("RAY_ADDRESS")
+    environment = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    options: dict[str, Any] = (
+        {"num_cpus": cpus, "include_dashboard": False} if local else {"address": address or "auto"}
+    )
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment}, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"address: no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')!r} ({error})"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def settle_resources(wanted: Resources) -> dict[str, float]:
+    """What each trial asks for, and not more than the cluster can ever give on one node: ValueError otherwise."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {name: max((node.get(name.upper(), 0.0) for node in nodes), default=0.0) for name in ("cpu", "gpu")}
+    gpus = wanted.gpus if wanted.gpus is not None else min(1.0, most["gpu"])
+    for name, asked in (("cpu", wanted.cpus), ("gpu", gpus)):
+        if asked < 0 or asked > most[name]:
+            raise ValueError(
+                f"{name}s: {asked:g} is not allowed; it must be at most {most[name]:g}, all that one node of the cluster has"
+            )
+    return {"cpu": wanted.cpus, "gpu": gpus} if gpus else {"cpu": wanted.cpus}
+
+
+def count_workers(resources: Mapping[str, float]) -> int:
+    """How many trials the cluster can run at once."""
+    total = ray.cluster_resources()
+    slots = [total.get(name.upper(), 0.0) / amount for name, amount in resources.items() if amount > 0]
+    return max(1, int(min(slots, default=1)))
+
+
+def make_pools(packs: Sequence[Pack]) -> dict[str, Any]:
+    """The pools of all packs, each made once by a Ray task and left in the object store: references by `pool_name`."""
+    configs = {pool_name(pack.config): pack.config for pack in packs}
+    task = ray.remote(num_cpus=1, max_retries=2)(_pool_arrays)
+    references = {name: task.remote(config) for name, config in configs.items()}
+    ray.wait(list(references.values()), num_returns=len(references), fetch_local=False)
+    return references
+
+
+def _pool_arrays(config: MemberConfig) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    return make_pool(config).to_arrays()
+
+
+class _Progress(Callback):
+    """Hands trial reports to the driver's own function."""
+
+    def __init__(self, packs: Sequence[Pack], on_progress: OnProgress) -> None:
+        self.packs, self.on_progress = packs, on_progress
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Tune's hook."""
+        self.on_progress(result["pack"], result["step"], result["loss"], result["failed"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune's hook: the trial has used up its retries."""
+        pack = self.packs[trial.config["pack"]]
+        self.on_progress(pack.id, pack.start, float("nan"), "the worker kept failing")
+
+
+def run_packs(context: TrialContext, resources: Mapping[str, float], on_progress: OnProgress) -> None:
+    """Run one trial per pack and wait for all. Failures are told through `on_progress`; the ledger has their causes."""
+    trainable = tune.with_resources(tune.with_parameters(train_pack, context=context), dict(resources))
+    with tempfile.TemporaryDirectory(prefix="headway-tune-") as folder:
+        tuner = Tuner(
+            trainable,
+            param_space={"pack": tune.grid_search(list(range(len(context.packs))))},
+            tune_config=TuneConfig(reuse_actors=True),
+            run_config=RunConfig(
+                name="packs",
+                storage_path=folder,
+                verbose=0,
+                failure_config=FailureConfig(max_failures=RETRIES),
+                callbacks=[_Progress(context.packs, on_progress)],
+            ),
+        )
+        tuner.fit()

@@ -1,0 +1,308 @@
+"""Train and probe one pack, on any machine with torch, numpy and scipy: `python -m cluster.pack RECIPE --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster import curves as tables
+from cluster.curves import Curves
+from cluster.encoding import encode
+from cluster.store import FolderStore
+from cluster.sweep import MemberConfig, Pack, packs, part_sizes, validate, versions
+from probes import PROBES
+from probes.probe import Probe, ProbeBatch
+from sim.generator import Generator
+from sim.pool import Pool
+from sim.system import Batch, Rows, System
+from train import checkpoint, loop
+from train.checkpoint import Files
+from train.loop import State, Trainer
+from train.snapshot import Snapshot
+
+Figures = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How often, in seconds, a running pack shows its loss and keeps a checkpoint."""
+
+    progress: float = 10.0
+    checkpoint: float = 60.0
+
+
+class Sink(Protocol):
+    """Where a pack's results go."""
+
+    def restore(self, pack: Pack) -> tuple[State, Curves] | None:
+        """The furthest point that all members of the pack can go on from; None to start afresh."""
+
+    def progress(self, step: int, figures: Figures) -> None:
+        """Called at every probe step, and every few seconds, with losses `[S]` (and system figures) then known."""
+
+    def save(self, pack: Pack, state: State, curves: Curves) -> None:
+        """Keep a checkpoint."""
+
+    def finish(self, pack: Pack, curves: Curves, diverged: Sequence[int]) -> None:
+        """Take the whole tables. diverged: the step at which each member was frozen, -1 for sound ones."""
+
+
+def build_probes(config: MemberConfig, pool: Pool) -> tuple[Probe, ...]:
+    """All probes over the frozen probe set: the same for every member that shares the pool.
+
+    Costly probes see the first `sparse_examples` of each replicate.
+    """
+    size, sparse, rows = config.probe.examples, config.probe.sparse_examples, pool.parts["probe"]
+    stream = Generator.of("probe set", config.data.seed, device=rows.device)
+
+    def replicates(examples: int) -> tuple[ProbeBatch, ...]:
+        return tuple(
+            probe_batch(config.system, rows.take(slice(r * size, r * size + examples)), stream.fold(r))
+            for r in range(config.probe.replicates)
+        )
+
+    made = (kind.build(replicates(size if kind.when == "every" else sparse)) for kind in PROBES.values())
+    return tuple(probe for probe in made if probe is not None)
+
+
+def probe_batch(system: System, rows: Rows, generator: Generator) -> ProbeBatch:
+    """One replicate; tokens are grouped by whether they have a partner in the relation that the sweep is judged by."""
+    batch = system.draw(rows, generator)
+    relations = system.relations(batch.geometry, batch.keys)
+    related = relations[system.relation].any(-1)
+    real = torch.ones_like(related) if batch.mask is None else batch.mask
+    groups = {"related": related & real, "free": ~related & real}
+    ceilings = {name: trivial_loss(system, batch, tokens) for name, tokens in {"all": real, **groups}.items()}
+    known = system.floors().without_attention
+    return ProbeBatch(
+        batch=batch,
+        relations=relations,
+        distance=system.distance(batch.geometry, batch.keys),
+        groups=groups,
+        ceilings=ceilings if known is None else {**ceilings, "all": known},
+    )
+
+
+def trivial_loss(system: System, batch: Batch, tokens: Tensor) -> float:
+    """Mean loss over the tokens (bool `[B, N]`) of predicting their mean target."""
+    mean = batch.targets[tokens].mean(0).expand_as(batch.targets)
+    share = tokens.sum(-1) / tokens.sum()
+    return float((system.loss(mean, replace(batch, mask=tokens)) * share).sum())
+
+
+class Clock:
+    """Tells when something that happens every `period` seconds is due."""
+
+    def __init__(self, period: float) -> None:
+        self.period, self.last = period, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the period has passed since this last answered True."""
+        if time.monotonic() - self.last < self.period:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+class PackRun:
+    """One pack from its start (or its checkpoint) to its last step."""
+
+    def __init__(self, pack: Pack, pool: Pool, probes: Sequence[Probe], sink: Sink, pace: Pace | None = None) -> None:
+        pace = pace or Pace()
+        self.pack, self.probes, self.sink = pack, probes, sink
+        self.progress, self.checkpoint = Clock(pace.progress), Clock(pace.checkpoint)
+        config = pack.config
+        resumed = sink.restore(pack)
+        state, self.curves = resumed or (None, Curves(members=len(pack.members)))
+        trains = [member.config.train for member in pack.members]
+        keys = [member.key for member in pack.members]
+        rows = pool.parts["train"]
+        self.trainer = Trainer(config.system, rows, config.model, trains, keys, state=state)
+        self.stops = config.probe.steps(config.train.steps)
+        self.sparse = config.probe.sparse_steps(config.train.steps)
+        self.validation = pool.parts["validation"]
+
+    def run(self) -> None:
+        """Train, probe at every probe step not yet on record, hand the tables to the sink."""
+        for stop in self.stops:
+            if stop <= self.curves.last_step:
+                continue
+            while self.trainer.state.step < stop:
+                self.trainer.advance()
+                self._between(stop)
+            self._probe()
+        self.sink.finish(self.pack, self.curves, self.trainer.state.diverged.tolist())
+
+    def _between(self, stop: int) -> None:
+        """Show the loss and keep a checkpoint where due; at a probe step that waits until the probes are done."""
+        if self.trainer.state.step == stop:
+            return
+        if self.progress.due():
+            state = self.trainer.state
+            self.sink.progress(state.step, {"train_loss": to_numpy(state.loss_sum / state.loss_count)})
+        self._save_if_due()
+
+    def _save_if_due(self) -> None:
+        if self.checkpoint.due():
+            self.sink.save(self.pack, self.trainer.state, self.curves)
+
+    def _probe(self) -> None:
+        snapshot, now = self.trainer.snapshot(), time.time()
+        sparse = snapshot.step in self.sparse
+        figures = {"train_loss": to_numpy(self.trainer.take_loss())} | self._figures(snapshot, sparse)
+        for probe in self.probes:
+            if probe.when == "every" or (probe.when == "sparse" and sparse):
+                self.curves.add(probe.name, snapshot.step, now, probe.measure(snapshot))
+        self.curves.add_figures(snapshot.step, now, figures)
+        self.sink.progress(snapshot.step, figures)
+        self._save_if_due()
+
+    def _figures(self, snapshot: Snapshot, sparse: bool) -> Figures:
+        """Validation loss, at sparse steps the system's own figures too; noise is the same at every step."""
+        config = self.pack.config
+        stream = Generator.of("validation", config.data.seed, device=self.validation.device)
+        batch = config.system.draw(self.validation, stream)
+        loss = snapshot.loss(snapshot.predict(batch), batch).mean(-1)
+        figures = {"validation_loss": to_numpy(loss)}
+        if sparse:
+
+            def predict(batch: Batch) -> Tensor:
+                return snapshot.predict(batch)
+
+            diagnosed = config.system.diagnose(predict, self.validation, stream.fold("diagnose"))
+            figures |= {name: to_numpy(value) for name, value in diagnosed.items()}
+        return figures
+
+
+def to_numpy(value: Tensor) -> NDArray[np.float64]:
+    """A float64 array on the host."""
+    return value.detach().double().cpu().numpy()
+
+
+def run_pack(pack: Pack, pool: Pool, probes: Sequence[Probe], sink: Sink, pace: Pace | None = None) -> None:
+    """Train and probe a pack to its end; everything it finds goes to the sink."""
+    PackRun(pack, pool, probes, sink, pace).run()
+
+
+def save_checkpoint(files: Files, pack: Pack, state: State, curves: Curves) -> None:
+    """Keep state and tables of a running pack."""
+    arrays = checkpoint.to_arrays(state) | {f"curves/{name}": value for name, value in curves.to_arrays().items()}
+    checkpoint.save(files, pack.id, [member.id for member in pack.members], state.step, arrays, versions())
+
+
+def restore_checkpoint(files: Files, pack: Pack) -> tuple[State, Curves] | None:
+    """State and tables that all members of the pack can go on from, cut from whatever packs they were in."""
+    found = checkpoint.restore(files, [member.id for member in pack.members], versions(), warn)
+    if found is None:
+        return None
+    step, slices = found
+    states = [checkpoint.to_state(step, arrays).take(rows) for arrays, rows in slices]
+    parts = [tables.take(only_curves(arrays), rows) for arrays, rows in slices]
+    return loop.join(states), Curves.from_arrays(tables.join(parts))
+
+
+def only_curves(arrays: Mapping[str, NDArray[np.generic]]) -> tables.Columns:
+    """The tables among a checkpoint's arrays."""
+    return {name[7:]: value for name, value in arrays.items() if name.startswith("curves/")}
+
+
+def warn(message: str) -> None:
+    """One line to standard error."""
+    print(f"headway: {message}", file=sys.stderr, flush=True)
+
+
+class FolderSink:
+    """Tables as .npz in a folder, one file a member and a file of its figures; nothing but numpy."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = FolderStore(folder)
+
+    def done(self, member_id: str) -> bool:
+        """Whether the member's tables are there (they are written last)."""
+        return (self.files.root / "members" / f"{member_id}.json").exists()
+
+    def restore(self, pack: Pack) -> tuple[State, Curves] | None:
+        """From the folder's checkpoints."""
+        return restore_checkpoint(self.files, pack)
+
+    def progress(self, step: int, figures: Figures) -> None:
+        """A line to standard output."""
+        values = " ".join(f"{name} {np.nanmean(value):.4f}" for name, value in figures.items() if "loss" in name)
+        print(f"step {step} {values}", flush=True)
+
+    def save(self, pack: Pack, state: State, curves: Curves) -> None:
+        """To the folder's checkpoints."""
+        save_checkpoint(self.files, pack, state, curves)
+
+    def finish(self, pack: Pack, curves: Curves, diverged: Sequence[int]) -> None:
+        """`members/ID.curves.npz`, `members/ID.figures.npz`, then `members/ID.json`."""
+        for index, member in enumerate(pack.members):
+            name = f"members/{member.id}"
+            self.files.put(f"{name}.curves.npz", checkpoint.encode_arrays(curves.head_table(index)))
+            self.files.put(f"{name}.figures.npz", checkpoint.encode_arrays(curves.figure_table(index)))
+            body = {"id": member.id, "axes": member.axes, "diverged": diverged[index], "config": encode(member.config)}
+            self.files.put(f"{name}.json", json.dumps(body).encode())
+
+
+def pools(members: Sequence[Pack], device: str) -> Iterator[tuple[Pack, Pool]]:
+    """Each pack with its pool; one pool is held at a time."""
+    pool: Pool | None = None
+    made_for: object = None
+    for pack in members:
+        config = pack.config
+        wanted = (config.system, config.data, part_sizes(config), config.train.precision)
+        if pool is None or wanted != made_for:
+            pool, made_for = make_pool(config, device), wanted
+        yield pack, pool
+
+
+def make_pool(config: MemberConfig, device: str = "cpu") -> Pool:
+    """The pool of a member's system, in its precision, on the device."""
+    pool = Pool.make(config.system, config.data.seed, part_sizes(config))
+    return pool.to(device, getattr(torch, config.train.precision))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m cluster.pack`."""
+    from cluster.recipes import load_sweep
+
+    parser = argparse.ArgumentParser(prog="python -m cluster.pack", description=__doc__)
+    parser.add_argument("sweep", help="a recipe's name, or the .json of a stored sweep")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables and checkpoints")
+    parser.add_argument("--only", type=int, help="train this pack only, by its number")
+    parser.add_argument("--size", type=int, help="members a pack (default: all of one shape, at most 16)")
+    parser.add_argument("--steps", type=int, help="train for this many steps instead of the recipe's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    try:
+        sweep = load_sweep(options.sweep)
+        if options.steps is not None:
+            sweep = replace(sweep, train=replace(sweep.train, steps=options.steps))
+        todo = packs(validate(sweep), workers=1, size=options.size)
+        if options.only is not None and not 0 <= options.only < len(todo):
+            raise ValueError(f"--only: {options.only} is not allowed; it must be in 0..{len(todo) - 1}")
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(1)
+    sink = FolderSink(options.out)
+    chosen = todo if options.only is None else todo[options.only : options.only + 1]
+    missing = [replace(p, members=tuple(m for m in p.members if not sink.done(m.id))) for p in chosen]
+    for pack, pool in pools([pack for pack in missing if pack.members], options.device):
+        run_pack(pack, pool, build_probes(pack.config, pool), sink)
+    print(f"tables are in {options.out / 'members'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Sweeps, members and packs: what is trained, under which ids, in which company. Pure: no I/O, no cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import sim.pool
+import train.loop
+from cluster.encoding import check, encode, set_field
+from sim.generator import key_of
+from sim.particles import ParticleSystem
+from sim.system import Part, System
+from train.config import ModelConfig, TrainConfig, require
+from train.loop import probe_steps, shape_of
+
+PROBES_VERSION = 1  # raised when a fix changes the numbers that probes write
+INTRODUCED: Mapping[tuple[str, str], object] = {}
+"""Defaults that have changed: (class, field) -> the default that the field was introduced with, which ids leave out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The pool of clean rows that all members of one system share."""
+
+    rows: int = 32768
+    """Rows that training batches are drawn from."""
+    validation_rows: int = 512
+    """Rows for the validation loss and the system's own figures."""
+    seed: int = 0
+    """Of the pool; the members' seeds are their own."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "validation_rows"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeConfig:
+    """When heads are measured, and on how much."""
+
+    replicates: int = 8
+    """Disjoint groups of examples; their scatter gives intervals."""
+    examples: int = 64
+    """Examples in each group."""
+    sparse_examples: int = 16
+    """Examples in each group for the costly probes (ablations, distances)."""
+    per_decade: int = 20
+    """Probe steps a decade of training steps; step 0 and the last are always among them."""
+    sparse_per_decade: int = 4
+    """Steps a decade for the costly probes (ablations, distances, system figures); the last is always among them."""
+
+    def __post_init__(self) -> None:
+        require(self.replicates >= 2, "replicates", self.replicates, "at least 2")
+        require(self.examples >= 1, "examples", self.examples, "at least 1")
+        require(1 <= self.sparse_examples <= self.examples, "sparse_examples", self.sparse_examples, "in 1..examples")
+        require(self.per_decade >= 20, "per_decade", self.per_decade, "at least 20 (coarser steps blur timescales)")
+        require(
+            1 <= self.sparse_per_decade <= self.per_decade,
+            "sparse_per_decade",
+            self.sparse_per_decade,
+            "in 1..per_decade",
+        )
+
+    def steps(self, last: int) -> tuple[int, ...]:
+        """All probe steps."""
+        return probe_steps(last, self.per_decade)
+
+    def sparse_steps(self, last: int) -> frozenset[int]:
+        """The probe steps at which costly probes run too: those nearest to `sparse_per_decade` a decade."""
+        steps = self.steps(last)
+        return frozenset(
+            min(steps, key=lambda step: abs(step - aim)) for aim in probe_steps(last, self.sparse_per_decade)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberConfig:
+    """Everything that one member's numbers depend on."""
+
+    system: System
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    probe: ProbeConfig
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.model.require_divisible()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One model of a sweep. `axes`: its values along the sweep's axes, by dotted field name."""
+
+    id: str
+    config: MemberConfig
+    axes: Mapping[str, object]
+
+    @property
+    def key(self) -> int:
+        """Names the member's own stream of random numbers."""
+        return key_of("member", self.id)
+
+    @property
+    def group(self) -> str:
+        """Equal for members that can share a pack."""
+        config = self.config
+        return digest(
+            [encode(part) for part in (config.system, config.data, config.model, shape_of(config.train), config.probe)]
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """Members of equal shape, trained together from `start` (0, or the step of their checkpoints)."""
+
+    members: tuple[Member, ...]
+    start: int = 0
+
+    @property
+    def id(self) -> str:
+        """By content."""
+        return digest([[member.id for member in self.members], self.start])
+
+    @property
+    def config(self) -> MemberConfig:
+        """What the members have in common stands in the first one's config."""
+        return self.members[0].config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """All members: widths x seeds x any other axis."""
+
+    name: str
+    """Names the sweep in MLflow and on disk."""
+    widths: tuple[int, ...] = (32,)
+    """Values of model.width."""
+    seeds: int = 1
+    """Members per point: seeds 0, 1, ..., seeds - 1. More seeds extend the same sweep."""
+    axes: Mapping[str, tuple[float | int | str, ...]] = field(default_factory=dict)
+    """Further axes by dotted field name, for example train.learning_rate."""
+    system: System = field(default_factory=ParticleSystem)
+    """What is learnt."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The shared pool of examples."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Every member's model; the width is set by `widths`."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Every member's training."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """What is measured, and when."""
+
+    def __post_init__(self) -> None:
+        require(self.name != "" and "/" not in self.name, "name", self.name, "a non-empty name without /")
+        require(len(self.widths) > 0, "widths", self.widths, "at least one width")
+        require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
+        for name, values in {"widths": self.widths, **self.axes}.items():
+            require(len(values) > 0, name, values, "at least one value")
+            require(len(set(values)) == len(values), name, values, "without repeats")
+        require("model.width" not in self.axes, "axes", "model.width", "given as widths")
+
+    @property
+    def id(self) -> str:
+        """Of everything but widths, seeds and values along axes: a sweep that grows along them stays the same sweep."""
+        config = MemberConfig(
+            system=self.system, data=self.data, model=ModelConfig(), train=self.train, probe=self.probe, seed=0
+        )
+        text = [canonical(config), {**canonical(self.model), "width": None}, sorted(self.axes), versions()]
+        return f"{self.name}-{digest(text)[:8]}"
+
+    def members(self) -> tuple[Member, ...]:
+        """In a stable order: widths outermost, further axes, seeds innermost. ValueError for an impossible one."""
+        return tuple(self._members())
+
+    def _members(self) -> Iterator[Member]:
+        for width, *values in itertools.product(self.widths, *self.axes.values()):
+            axes: dict[str, object] = {"model.width": width, **dict(zip(self.axes, values, strict=True))}
+            # The swept fields are set together: a width alone might not fit the heads that another axis brings.
+            model, rest = replace_fields(self.model, "model", axes), {}
+            for name in ("system", "data", "train", "probe"):
+                rest[name] = replace_fields(getattr(self, name), name, axes)
+            for seed in range(self.seeds):
+                config = MemberConfig(model=model, seed=seed, **rest)
+                yield Member(id=member_id(config), config=config, axes=axes)
+
+
+def replace_fields(config: Any, prefix: str, values: Mapping[str, object]) -> Any:
+    """The config with the dotted fields under `prefix` set, nested ones too. ValueError for an unknown field."""
+    own = {name.removeprefix(prefix + "."): value for name, value in values.items() if name.startswith(prefix + ".")}
+    return set_field(config, own, prefix) if own else config
+
+
+def digest(value: object) -> str:
+    """16 hexadecimal digits of a JSON-able value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def canonical(config: Any) -> dict[str, Any]:
+    """The config as JSON-able values, without fields that stand at the default they were introduced with."""
+    kept, encoded = {}, encode(config)
+    for item in fields(config):
+        default: object = item.default
+        if item.default_factory is not MISSING:
+            default = item.default_factory()
+        default = INTRODUCED.get((type(config).__name__, item.name), default)
+        value = getattr(config, item.name)
+        if value != default:
+            nested = hasattr(value, "__dataclass_fields__")
+            kept[item.name] = canonical(value) if nested else encoded[item.name]
+    if "type" in encoded:
+        kept["type"] = encoded["type"]
+    return kept
+
+
+def versions() -> dict[str, int]:
+    """Results versions of the modules that make a member's numbers."""
+    return {"sim": sim.pool.RESULTS_VERSION, "train": train.loop.RESULTS_VERSION, "probes": PROBES_VERSION}
+
+
+def member_id(config: MemberConfig) -> str:
+    """Identity of a member: of its config and of the results versions, nothing else."""
+    return digest([canonical(config), versions()])
+
+
+def part_sizes(config: MemberConfig) -> dict[Part, int]:
+    """Rows of each part of the pool."""
+    return {
+        "train": config.data.rows,
+        "validation": config.data.validation_rows,
+        "probe": config.probe.replicates * config.probe.examples,
+    }
+
+
+def validate(sweep: Sweep) -> tuple[Member, ...]:
+    """The members of a sweep whose every field has its type and an allowed value; ValueError by name otherwise."""
+    check(sweep)
+    members = sweep.members()
+    for config in {member.id: member.config for member in members}.values():
+        check(config)
+    return members
+
+
+def packs(
+    members: Sequence[Member], workers: int, size: int | None = None, starts: Mapping[str, int] | None = None
+) -> tuple[Pack, ...]:
+    """Cut members into packs of equal shape and starting step, costly packs first.
+
+    size: members a pack; None: such that every worker has work, at most 16. starts: step to go on from by member id.
+    """
+    require(size is None or size >= 1, "pack_size", size, "at least 1, or None")
+    starts = starts or {}
+    groups: dict[tuple[str, int], list[Member]] = {}
+    for member in members:
+        groups.setdefault((member.group, starts.get(member.id, 0)), []).append(member)
+    cut = []
+    for (_, start), group in groups.items():
+        step = size or min(16, -(-len(group) // max(workers, 1)))
+        cut += [Pack(members=tuple(group[i : i + step]), start=start) for i in range(0, len(group), step)]
+    return tuple(sorted(cut, key=lambda pack: -work(pack)))
+
+
+def work(pack: Pack) -> float:
+    """Relative cost of a pack: steps left x tokens x width (1 + width / 64); only the order matters."""
+    config = pack.config
+    left = config.train.steps - pack.start
+    return (
+        len(pack.members)
+        * left
+        * config.train.batch_size
+        * config.model.layers
+        * config.model.width
+        * (1 + config.model.width / 64)
+    )

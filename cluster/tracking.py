@@ -1,0 +1,436 @@
+"""MLflow: one parent run per sweep, one child run per member, and the ledger that says which members are done.
+
+A member is done when its run is FINISHED, which is set last, after its tables are up; the earliest such run counts.
+Runs of diverged members are FAILED with `outcome = diverged` and count as settled: training again would diverge again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import socket
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+
+from cluster.encoding import encode, type_name
+from cluster.sweep import Member, Pack, Sweep
+
+EXPERIMENT = "headway"
+DEFAULT_URI = "sqlite:///mlflow.db"
+SERVER_WAIT = 5.0  # seconds to answer before a tracking server counts as unreachable
+HEARTBEAT = 10.0  # seconds between heartbeats of the driver
+DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead
+BATCH = 1000  # metrics in one request, MLflow's limit
+PARENT, KIND = "mlflow.parentRunId", "kind"
+
+
+class TrackingError(ValueError):
+    """The tracking store cannot be used, or another driver holds the sweep; one line says which."""
+
+
+def resolve_uri(uri: str | None) -> str:
+    """The tracking URI given, or MLFLOW_TRACKING_URI, or a SQLite file here; its path made absolute for workers."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    prefix = "sqlite:///"
+    return prefix + str(Path(uri.removeprefix(prefix)).expanduser().absolute()) if uri.startswith(prefix) else uri
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of a store that answers: a server is asked for its health, a SQLite store made. Or TrackingError."""
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https"):
+        _require_healthy(uri)
+    elif scheme != "sqlite" and "+" not in scheme and scheme not in ("postgresql", "mysql", "mssql"):
+        raise TrackingError(f"tracking_uri: {uri!r} is not allowed; it must begin with http://, https:// or sqlite:///")
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        client.search_experiments(max_results=1)
+    except Exception as error:  # any driver's own error: the store cannot be opened
+        reason = str(error).strip().splitlines()[0]
+        raise TrackingError(f"tracking_uri: {uri!r} cannot be opened: {reason}") from error
+    return client
+
+
+def _require_healthy(uri: str) -> None:
+    try:
+        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=SERVER_WAIT) as answer:
+            status = answer.status
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise TrackingError(f"tracking_uri: no MLflow server answers at {uri!r} ({error})") from error
+    if status != 200:
+        raise TrackingError(f"tracking_uri: the server at {uri!r} answers its health check with status {status}")
+
+
+def experiment_id(client: MlflowClient, uri: str) -> str:
+    """The experiment that holds all sweeps, made if need be; beside a SQLite file artifacts lie in `mlartifacts`."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+
+
+def code_version() -> str:
+    """The distribution's version and a digest of the source of its packages."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    root = Path(__file__).resolve().parent.parent
+    content = hashlib.blake2b(digest_size=4)
+    for path in sorted(path for name in ("sim", "train", "probes", "cluster") for path in (root / name).glob("*.py")):
+        content.update(path.read_bytes())
+    try:
+        number = version("headway")
+    except PackageNotFoundError:
+        number = "0"
+    return f"{number}+{content.hexdigest()}"
+
+
+def short_axes(axes: Mapping[str, object]) -> dict[str, str]:
+    """Axis values under the last part of their name: width, learning_rate, ..."""
+    return {name.rpartition(".")[2]: str(value) for name, value in axes.items()}
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds."""
+    return int(time.time() * 1000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a sweep is logged: what a worker needs to know of the ledger."""
+
+    uri: str
+    experiment: str
+    parent: str
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """The driver's view of one sweep's runs. Opened by `open_sweep`; `close` in every case."""
+
+    client: MlflowClient
+    place: Place
+    driver: str
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def children(self, condition: str = "") -> list[Run]:
+        """The members' runs, deleted ones left out."""
+        return _search(self.client, self.place.experiment, f"tags.`{PARENT}` = '{self.place.parent}'{condition}")
+
+    def settle(self, running_too: bool) -> dict[str, Run]:
+        """The run that counts for each settled member: the earliest; later ones become KILLED and name it.
+
+        running_too: also end runs left RUNNING by workers that are gone. Call it only while no worker is at work.
+        """
+        counted: dict[str, Run] = {}
+        for run in sorted(self.children(), key=lambda run: (run.info.end_time or 0, run.info.start_time)):
+            member, status = run.data.tags["member_id"], run.info.status
+            if status == "RUNNING" and running_too:
+                self.client.set_terminated(run.info.run_id, "KILLED")
+            elif is_settled(run) and member in counted:
+                supersede(self.client, run.info.run_id, counted[member].info.run_id)
+            elif is_settled(run):
+                counted[member] = run
+        return counted
+
+    def beat(self) -> None:
+        """Say that this driver is alive."""
+        self.client.set_tag(self.place.parent, "heartbeat", f"{time.time():.0f} {self.driver}")
+
+    def start_beating(self) -> None:
+        """Beat from a thread until `close`."""
+
+        def loop() -> None:
+            while not self._stop.wait(HEARTBEAT):
+                try:
+                    self.beat()
+                except MlflowException:  # the store is away for the moment; a later beat will tell
+                    continue
+
+        threading.Thread(target=loop, name="heartbeat", daemon=True).start()
+
+    def close(self, status: str) -> None:
+        """End the parent run with FINISHED, FAILED or KILLED, and let other drivers in."""
+        self._stop.set()
+        self.client.set_tag(self.place.parent, "heartbeat", "")
+        self.client.set_terminated(self.place.parent, status)
+
+
+def is_settled(run: Run) -> bool:
+    """Whether a run's member need not be trained again."""
+    if "superseded_by" in run.data.tags:
+        return False
+    return run.info.status == "FINISHED" or run.data.tags.get("outcome") == "diverged"
+
+
+def supersede(client: MlflowClient, run_id: str, by: str) -> None:
+    """Take a run out of the count, naming the one that counts."""
+    client.set_tag(run_id, "superseded_by", by)
+    client.set_terminated(run_id, "KILLED")
+
+
+def _search(client: MlflowClient, experiment: str, condition: str) -> list[Run]:
+    runs, token = [], None
+    while True:
+        page = client.search_runs([experiment], condition, max_results=5000, page_token=token)
+        runs += list(page)
+        token = page.token
+        if not token:
+            return runs
+
+
+def find_sweeps(client: MlflowClient, experiment: str, name: str | None = None) -> list[Run]:
+    """Parent runs, newest first; `name` is a sweep's id, its name (all sweeps so called), or a run id."""
+    runs = _search(client, experiment, f"tags.{KIND} = 'sweep'")
+    if name is not None:
+        runs = [r for r in runs if name in (r.data.tags["sweep_id"], r.data.tags["sweep"], r.info.run_id)]
+    return sorted(runs, key=lambda run: -run.info.start_time)
+
+
+def find_sweep(client: MlflowClient, experiment: str, name: str) -> Run:
+    """The newest parent run of that name. ValueError if there is none."""
+    found = find_sweeps(client, experiment, name)
+    if not found:
+        known = sorted({run.data.tags["sweep_id"] for run in find_sweeps(client, experiment)})
+        raise ValueError(f"sweep: {name!r} is not in the ledger; it must be one of {', '.join(known) or '(none yet)'}")
+    return found[0]
+
+
+def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
+    """The sweep's parent run, made or opened again, held by this driver. TrackingError if another driver holds it."""
+    experiment = experiment_id(client, uri)
+    driver = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+    found = find_sweeps(client, experiment, sweep.id)
+    if found:
+        parent = found[-1]
+        require_free(parent)
+        previous, code = parent.data.tags.get("code_version"), code_version()
+        if previous != code:
+            client.set_tag(parent.info.run_id, "code_version", code)
+        client.update_run(parent.info.run_id, status="RUNNING")
+    else:
+        tags = {
+            KIND: "sweep",
+            "sweep": sweep.name,
+            "sweep_id": sweep.id,
+            "system": type_name(sweep.system),
+            "code_version": code_version(),
+        }
+        parent = client.create_run(experiment, tags=tags, run_name=sweep.id)
+    place = Place(uri=uri, experiment=experiment, parent=parent.info.run_id)
+    ledger = Ledger(client=client, place=place, driver=driver)
+    ledger.beat()
+    client.log_dict(place.parent, encode(sweep), "sweep.json")
+    ledger.start_beating()
+    return ledger
+
+
+def require_free(parent: Run) -> None:
+    """Raise TrackingError while another driver's heartbeat is fresh."""
+    beat = parent.data.tags.get("heartbeat", "")
+    if not beat:
+        return
+    when, _, driver = beat.partition(" ")
+    age = time.time() - float(when)
+    if age < DEAD_AFTER:
+        raise TrackingError(
+            f"sweep {parent.data.tags['sweep_id']} is held by driver {driver} (heartbeat {age:.0f} s ago); "
+            f"wait for it, or {DEAD_AFTER:.0f} s after its last heartbeat"
+        )
+
+
+def running_of(client: MlflowClient, place: Place, members: Iterable[str]) -> list[Run]:
+    """Runs of these members that an earlier attempt left RUNNING."""
+    condition = f"tags.`{PARENT}` = '{place.parent}' and attributes.status = 'RUNNING'"
+    wanted = set(members)
+    return [run for run in _search(client, place.experiment, condition) if run.data.tags.get("member_id") in wanted]
+
+
+def member_tags(member: Member, pack: Pack, place: Place, device: str) -> dict[str, str]:
+    """What member runs are grouped and filtered by."""
+    config = member.config
+    return {
+        PARENT: place.parent,
+        KIND: "member",
+        **short_axes(member.axes),
+        "seed": str(config.seed),
+        "member_id": member.id,
+        "system": type_name(config.system),
+        "code_version": code_version(),
+        "device": device,
+        "precision": config.train.precision,
+        "pack": f"{pack.id} of {len(pack.members)}",
+    }
+
+
+def member_params(member: Member) -> dict[str, str]:
+    """The few settings shown as columns; the whole config is an artifact."""
+    model, train = member.config.model, member.config.train
+    return {
+        "width": str(model.width),
+        "seed": str(member.config.seed),
+        "layers": str(model.layers),
+        "heads": str(model.n_heads),
+        "parametrization": model.parametrization,
+        "learning_rate": f"{train.learning_rate:g}",
+        "batch_size": str(train.batch_size),
+        "steps": str(train.steps),
+    }
+
+
+class MemberRuns:
+    """The MLflow runs of one pack's members, written from a thread of their own so that training never waits.
+
+    A call that fails is tried again for a while; what still fails is raised by `close`.
+    """
+
+    def __init__(self, place: Place, pack: Pack, device: str, patience: float = 60.0) -> None:
+        self.place, self.pack, self.device, self.patience = place, pack, device, patience
+        self.client = MlflowClient(tracking_uri=place.uri)
+        self.points: list[list[Metric]] = [[] for _ in pack.members]
+        self.runs: list[str] = []
+        self._jobs: list[Callable[[], None]] = []
+        self._ready = threading.Condition()
+        self._closed = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="member-runs", daemon=True)
+        self._thread.start()
+        self._submit(self._start)
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        with self._ready:
+            self._jobs.append(job)
+            self._ready.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: bool(self._jobs) or self._closed)
+                if not self._jobs:
+                    return
+                job = self._jobs.pop(0)
+            try:
+                self._patiently(job)
+            except Exception as error:  # kept for `close`; later jobs would only fail the same way
+                self._error = error
+                return
+
+    def _patiently(self, job: Callable[[], None]) -> None:
+        deadline, pause = time.monotonic() + self.patience, 0.5
+        while True:
+            try:
+                return job()
+            except (MlflowException, OSError):
+                if time.monotonic() + pause > deadline:
+                    raise
+                time.sleep(pause)
+                pause = min(2 * pause, 8.0)
+
+    def _start(self) -> None:
+        stale = running_of(self.client, self.place, [member.id for member in self.pack.members])
+        for member in self.pack.members[len(self.runs) :]:
+            axes = {**short_axes(member.axes), "seed": str(member.config.seed)}
+            name = " ".join(f"{key}={value}" for key, value in axes.items())
+            tags = member_tags(member, self.pack, self.place, self.device)
+            run = self.client.create_run(self.place.experiment, tags=tags, run_name=name)
+            params = [Param(key, value) for key, value in member_params(member).items()]
+            self.client.log_batch(run.info.run_id, params=params)
+            self.runs.append(run.info.run_id)
+        by_member = {member.id: run for member, run in zip(self.pack.members, self.runs, strict=True)}
+        for run in stale:
+            supersede(self.client, run.info.run_id, by_member[run.data.tags["member_id"]])
+
+    def point(self, step: int, time_ms: int, figures: Mapping[str, Sequence[float]]) -> None:
+        """Add one point a member and figure; sent with the next `flush`. Values that are not finite are left out."""
+        for name, values in figures.items():
+            for index, value in enumerate(values):
+                if math.isfinite(value):
+                    self.points[index].append(Metric(name, float(value), time_ms, step))
+
+    def flush(self) -> None:
+        """Send the points gathered so far, in the background."""
+        waiting, self.points = self.points, [[] for _ in self.pack.members]
+        for index, points in enumerate(waiting):
+            for start in range(0, len(points), BATCH):
+                self._submit(lambda i=index, part=points[start : start + BATCH]: self._log(i, part))  # type: ignore[misc]
+
+    def _log(self, index: int, points: Sequence[Metric]) -> None:
+        self.client.log_batch(self.runs[index], metrics=points)
+
+    def finish(self, index: int, files: Mapping[str, bytes], diverged: int = -1) -> None:
+        """Upload a member's files, then end its run: FINISHED, or FAILED where it diverged at a step >= 0."""
+        self._submit(lambda: self._finish(index, files, diverged))
+
+    def _finish(self, index: int, files: Mapping[str, bytes], diverged: int) -> None:
+        run = self.runs[index]
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            self.client.log_artifacts(run, folder)
+        checksums = json.dumps({name: hashlib.sha256(content).hexdigest()[:16] for name, content in files.items()})
+        tags = [RunTag("digest", checksums)]
+        if diverged >= 0:
+            tags += [RunTag("outcome", "diverged"), RunTag("cause", f"diverged at step {diverged}")]
+        self.client.log_batch(run, tags=tags)
+        self.client.set_terminated(run, "FAILED" if diverged >= 0 else "FINISHED")
+
+    def fail(self, cause: str) -> None:
+        """End all runs as FAILED with their cause."""
+
+        def job() -> None:
+            for run in self.runs:
+                self.client.set_tag(run, "cause", cause[:4000])
+                self.client.set_terminated(run, "FAILED")
+
+        self._submit(job)
+
+    def close(self) -> None:
+        """Wait until everything is written; raises what could not be."""
+        self.abandon()
+        if self._error is not None:
+            raise self._error
+
+    def abandon(self) -> None:
+        """Wait until what was asked for is written or has failed. May be called again."""
+        with self._ready:
+            self._closed = True
+            self._ready.notify()
+        self._thread.join()
+
+
+def status_name(code: int) -> str:
+    """FINISHED, FAILED, ... of MLflow's numeric status."""
+    return str(RunStatus.to_string(code))
+
+
+def log_points(client: MlflowClient, run_id: str, points: Mapping[str, Mapping[int, float]], time_ms: int) -> None:
+    """Aggregates of a parent run: by name, value by step (the width). Repeats at the same time are one point."""
+    metrics = [Metric(name, value, time_ms, step) for name, series in points.items() for step, value in series.items()]
+    for start in range(0, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """Id, status and cause of a member run."""
+    return {"run_id": run.info.run_id, "status": run.info.status, "cause": run.data.tags.get("cause", "")}

@@ -1,0 +1,171 @@
+"""A pack's life on a Ray worker: from the object store's pool to the ledger, with its failures counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from ray import tune
+
+from cluster.curves import Columns, Curves
+from cluster.encoding import encode
+from cluster.pack import Clock, Figures, Pace, build_probes, restore_checkpoint, run_pack, save_checkpoint
+from cluster.store import open_store
+from cluster.sweep import MemberConfig, Pack, part_sizes
+from cluster.tracking import MemberRuns, Place
+from sim.pool import Pool, digest_of
+from train.checkpoint import Files
+from train.loop import State
+
+GIVE_UP = 3  # failures at the same step after which a pack's members are FAILED
+REPORT_EVERY = 1.0  # seconds between reports to the driver
+FLUSH_EVERY = 10.0  # seconds between metric batches to MLflow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialContext:
+    """What all trials of a sweep share. `pools`: object references of pool arrays by `pool_name`."""
+
+    packs: tuple[Pack, ...]
+    pools: Mapping[str, Any]
+    place: Place
+    store: str
+    pace: Pace
+
+
+def pool_name(config: MemberConfig) -> str:
+    """Names the pool that a member trains on."""
+    return digest_of(config.system, config.data.seed, part_sizes(config))
+
+
+def train_pack(config: Mapping[str, Any], context: TrialContext) -> None:
+    """The Tune trainable: trains pack number `config["pack"]`."""
+    torch.set_num_threads(1)
+    pack = context.packs[config["pack"]]
+    device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+    attempts = Attempts(open_store(context.store), pack)
+    runs = MemberRuns(context.place, pack, device_name(device))
+    try:
+        restored = restore_checkpoint(attempts.files, pack)
+        cause = attempts.begin(restored[0].step if restored else 0)
+        if cause is not None:
+            runs.fail(cause)
+            tune.report({"pack": pack.id, "step": pack.start, "loss": float("nan"), "failed": cause})
+            return
+        sink = TrialSink(attempts.files, runs, restored)
+        arrays = ray.get(context.pools[pool_name(pack.config)])
+        pool = Pool.from_arrays(arrays).to(device, getattr(torch, pack.config.train.precision))
+        run_pack(pack, pool, build_probes(pack.config, pool), sink, context.pace)
+        runs.close()
+        attempts.end()
+        tune.report({"pack": pack.id, "step": pack.config.train.steps, "loss": sink.loss, "failed": ""})
+    except Exception as error:
+        attempts.note(error)
+        if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+            os._exit(1)  # the device context is lost; a reused worker would fail every later pack
+        raise
+    finally:
+        runs.abandon()
+
+
+def device_name(device: str) -> str:
+    """`cpu`, or the GPU's own name."""
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+class Attempts:
+    """Counts how often a pack was started from the same step; kept in the store, so that a killed worker counts too."""
+
+    def __init__(self, files: Files, pack: Pack) -> None:
+        self.files, self.pack, self.name = files, pack, f"attempts/{pack.id}.json"
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            body: dict[str, Any] = json.loads(self.files.get(self.name))
+        except (FileNotFoundError, ValueError):
+            return {"starts": [], "cause": ""}
+        return body
+
+    def begin(self, step: int) -> str | None:
+        """Note a start from `step`. Returns the cause for giving up once the limit of failures there is reached."""
+        body = self._read()
+        if body["starts"].count(step) >= GIVE_UP:
+            self.end()  # the next run of the sweep may try again
+            return f"failed {GIVE_UP} times from step {step}: {body['cause'] or 'the worker died'}"
+        body["starts"].append(step)
+        self.files.put(self.name, json.dumps(body).encode())
+        return None
+
+    def note(self, error: BaseException) -> None:
+        """Keep the cause of a failure."""
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119
+        cause = f"{type(error).__name__}: {error} ({where})"
+        self.files.put(self.name, json.dumps({**self._read(), "cause": cause}).encode())
+
+    def end(self) -> None:
+        """Forget."""
+        self.files.delete(self.name)
+
+
+class TrialSink:
+    """Checkpoints to the store, points and tables to MLflow, progress to Tune."""
+
+    def __init__(self, files: Files, runs: MemberRuns, restored: tuple[State, Curves] | None) -> None:
+        self.files, self.runs, self.restored, self.loss = files, runs, restored, float("nan")
+        self.report, self.flush = Clock(REPORT_EVERY), Clock(FLUSH_EVERY)
+
+    def restore(self, pack: Pack) -> tuple[State, Curves] | None:
+        """What was found in the store; points already measured are logged again with their own wall times."""
+        if self.restored is not None:
+            curves = self.restored[1]
+            for t, step in enumerate(curves.figure_steps):
+                figures = {name: curves.figures[name][t] for name in LIVE if name in curves.figures}
+                self.runs.point(step, int(curves.figure_times[t][0] * 1000), figures)
+        return self.restored
+
+    def progress(self, step: int, figures: Figures) -> None:
+        """Points for MLflow; every second or so a report to the driver."""
+        self.runs.point(step, int(time.time() * 1000), {name: figures[name] for name in LIVE if name in figures})
+        losses = figures["train_loss"][np.isfinite(figures["train_loss"])]
+        self.loss = float(losses.mean()) if losses.size else float("nan")
+        if self.flush.due():
+            self.runs.flush()
+        if self.report.due():
+            tune.report({"pack": self.runs.pack.id, "step": step, "loss": self.loss, "failed": ""})
+
+    def save(self, pack: Pack, state: State, curves: Curves) -> None:
+        """To the store."""
+        save_checkpoint(self.files, pack, state, curves)
+
+    def finish(self, pack: Pack, curves: Curves, diverged: Sequence[int]) -> None:
+        """Tables and config of every member, then its run's end."""
+        self.runs.flush()
+        for index, member in enumerate(pack.members):
+            files = {
+                "curves.parquet": to_parquet(curves.head_table(index)),
+                "figures.parquet": to_parquet(curves.figure_table(index)),
+                "config.json": json.dumps(encode(member.config), indent=1).encode(),
+            }
+            self.runs.finish(index, files, diverged[index])
+
+
+LIVE = ("train_loss", "validation_loss")  # the figures that MLflow shows while a member trains
+
+
+def to_parquet(columns: Columns) -> bytes:
+    """A Parquet file of equally long columns."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content

@@ -1,0 +1,134 @@
+"""The integrator of discs that touch: semi-implicit Euler over many boxes at once, eager or compiled.
+
+Axes: B boxes, N discs. Boxes lie on the *innermost* axis, so that every operation is one long vector.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+EAGER_PAIRS, COMPILED_PAIRS, DEVICE_PAIRS = 1 << 16, 1 << 18, 1 << 22
+"""Pairs in one chunk of boxes: few enough for the cache of a CPU core, enough to fill a GPU."""
+
+State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""x, y, u, v `[N, B]`; closest squared distance of each pair so far `[N, N, B]`."""
+Advance: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], State]
+
+CONSTANTS = ("diameter", "stiffness", "damping", "gravity", "per_mass", "time_step", "near", "far_x", "far_y")
+"""Order of the constants' tensor: a tensor, so that one compiled kernel serves every box of N discs."""
+
+
+def sum_partners(force: Tensor) -> Tensor:
+    """Sum over axis 1 of `[N, N, B]` by halving: `Tensor.sum` adds in an order that depends on the place along B."""
+    while (count := force.shape[1]) > 1:
+        half = count // 2
+        folded = force[:, :half] + force[:, count - half :]
+        force = torch.cat((folded, force[:, half : half + 1]), 1) if count % 2 else folded
+    return force[:, 0]
+
+
+def wall_force(
+    x: Tensor, u: Tensor, stiffness: Tensor, damping: Tensor, near: Tensor, far: Tensor, limit: bool
+) -> Tensor:
+    """Force along one axis of the two walls; a centre overlaps them below `near` and above `far`. `[N, B]`."""
+    low, high = near - x, x - far
+    up, down = stiffness * low - damping * u, stiffness * high + damping * u
+    if limit:
+        up, down = up.clamp_min(0), down.clamp_min(0)
+    return torch.where(low > 0, up, 0.0) - torch.where(high > 0, down, 0.0)
+
+
+def advance(
+    x: Tensor, y: Tensor, u: Tensor, v: Tensor, closest: Tensor, constants: Tensor, own: Tensor, limit: bool
+) -> State:
+    """One time step: v += a(x, v) dt, then x += v dt.
+
+    constants `[9]`, see `CONSTANTS`; own `[N, N, 1]`: added to squared distances, moves each disc out of its own reach;
+    limit: contact forces never pull.
+    """
+    diameter, stiffness, damping, gravity, per_mass, dt, near, far_x, far_y = constants.unbind()
+    dx, dy = x[:, None] - x[None], y[:, None] - y[None]
+    du, dv = u[:, None] - u[None], v[:, None] - v[None]
+    squared = dx * dx + dy * dy + own
+    inverse = torch.rsqrt(squared)  # rounded exactly, eager or compiled; eager sqrt is not
+    # (k d - c v_n) / r, still to be multiplied by (dx, dy)
+    force = stiffness * (diameter * inverse - 1) - damping * ((du * dx + dv * dy) * (inverse * inverse))
+    if limit:
+        force = force.clamp_min(0)
+    force = torch.where(squared < diameter * diameter, force, 0.0)
+    force_x = sum_partners(force * dx) + wall_force(x, u, stiffness, damping, near, far_x, limit)
+    force_y = sum_partners(force * dy) + wall_force(y, v, stiffness, damping, near, far_y, limit)
+    u = u + force_x * per_mass * dt
+    v = v + (force_y * per_mass - gravity) * dt
+    # Distances, not flags: loading and storing bools makes the compiled kernel eight times slower.
+    return x + u * dt, y + v * dt, u, v, torch.minimum(closest, squared)
+
+
+def chunk_size(n: int, device: torch.device, compiled: bool) -> int:
+    """Boxes that go through one kernel together."""
+    pairs = DEVICE_PAIRS if device.type != "cpu" else COMPILED_PAIRS if compiled else EAGER_PAIRS
+    return max(16, pairs // (n * n) // 16 * 16)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether there is what `torch.compile` needs: a GPU, or a C++ compiler."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    return device.type != "cpu" or any(shutil.which(name) for name in names)
+
+
+@functools.cache
+def compiled_advance(n: int, dtype: torch.dtype, device: torch.device, limit: bool) -> Advance | None:
+    """`advance` compiled for chunks of one size, tried once; None where compilation fails."""
+    step: Advance = torch.compile(advance, dynamic=False, fullgraph=True, options={"compile_threads": 1})
+    size = chunk_size(n, device, compiled=True)
+    x, closest = torch.ones(n, size, dtype=dtype, device=device), torch.ones(n, n, size, dtype=dtype, device=device)
+    own, constants = torch.ones(n, n, 1, dtype=dtype, device=device), x.new_ones(len(CONSTANTS))
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            step(x, x.clone(), x.clone(), x.clone(), closest, constants, own, limit)
+    except Exception:
+        # Compilers fail in many ways, none of which should stop a sweep: the eager path gives the same motion.
+        log.info("torch.compile of the integrator failed", exc_info=True)
+        return None
+    return step
+
+
+def integrate(
+    positions: Tensor, velocities: Tensor, constants: Tensor, steps: int, limit: bool, compiled: Advance | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions and velocities `[B, N, 2]` after `steps`, and the closest squared distance `[B, N, N]` met before each.
+
+    A compiled kernel has one fixed size, so its last chunk repeats the last box.
+    """
+    boxes, n, _ = positions.shape
+    step = (compiled if boxes else None) or advance
+    size = chunk_size(n, positions.device, step is not advance)
+    # (2 diameters)^2 keeps a disc from itself; 1e-30: centres that coincide exert no force, rather than NaN
+    own = (torch.eye(n).to(positions) * (2 * constants[0]) ** 2 + 1e-30).unsqueeze(-1)
+    start_state = torch.cat((positions, velocities), -1)
+    ends, closests = [], []
+    with torch.no_grad():
+        for start in range(0, max(boxes, 1), size):
+            count = min(size, boxes - start)
+            index = torch.arange(start, start + (count if step is advance else size), device=positions.device)
+            x, y, u, v = start_state[index.clamp_max(boxes - 1)].permute(2, 1, 0).contiguous().unbind()
+            closest = x.new_full((n, n, len(index)), math.inf)
+            for _ in range(steps):
+                x, y, u, v, closest = step(x, y, u, v, closest, constants, own, limit)
+            ends.append(torch.stack((x, y, u, v), -1).transpose(0, 1)[:count])
+            closests.append(closest.permute(2, 0, 1)[:count])
+        end, closest = torch.cat(ends), torch.cat(closests)
+    return end[..., :2].contiguous(), end[..., 2:].contiguous(), closest

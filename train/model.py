@@ -1,0 +1,240 @@
+"""S stacked transformers as functions of named parameters `[S, ...]`.
+
+Legend: S members, B examples, N tokens, K keys of a query, D width, H heads, d size of a head, F feed-forward size.
+One layer: x + Attention(LayerNorm(x)), then x + FeedForward(LayerNorm(x)). Attention weights carry a head axis, so that
+a head is an index: `Wq, Wk, Wv [S, H, D, d]`, `Wo [S, H, d, D]`. There is no positional encoding: permuting tokens
+permutes outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sim.generator import Generator
+from sim.system import Batch
+from train.config import ModelConfig, Optimizer
+
+Parameters = Mapping[str, Tensor]
+Role = Literal["input", "hidden", "output", "vector", "constant"]
+
+HIDDEN_LOGIT = -1e30  # exp underflows to exactly 0 beside any visible key, and a row without one stays finite
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One named parameter of a single member."""
+
+    shape: tuple[int, ...]
+    fan_in: int
+    role: Role
+    fill: float | None = None
+
+    def std(self, config: ModelConfig) -> float:
+        """Initial standard deviation: fan_in^-1/2; under `mup` that of the output also falls as (width ratio)^-1/2."""
+        return math.sqrt(1 / (self.fan_in * (config.width_ratio if self.role == "output" else 1.0)))
+
+    def rate(self, config: ModelConfig, optimizer: Optimizer) -> float:
+        """Learning rate relative to the member's: Yang et al. 2022 (arXiv 2203.03466), table 3; 1 under `standard`.
+
+        Adam: hidden and output weights m^-1. SGD: input weights and vectors m, output weights m^-1 (m: width ratio).
+        """
+        power = {
+            "adam": {"input": 0, "hidden": -1, "output": -1, "vector": 0, "constant": 0},
+            "sgd": {"input": 1, "hidden": 0, "output": -1, "vector": 1, "constant": 0},
+        }[optimizer][self.role]
+        return math.pow(config.width_ratio, power)
+
+
+def tensor_specs(config: ModelConfig, d_in: int, d_out: int) -> dict[str, TensorSpec]:
+    """The parameters of one member by name, in the order in which they are stored."""
+    config.require_divisible()
+    D, H, d, hidden = config.width, config.n_heads, config.d_head, config.feedforward * config.width
+
+    def weight(shape: tuple[int, ...], fan_in: int, role: Role = "hidden") -> TensorSpec:
+        return TensorSpec(shape=shape, fan_in=fan_in, role=role)
+
+    def vector(size: int, fill: float = 0.0, role: Role = "vector") -> TensorSpec:
+        return TensorSpec(shape=(size,), fan_in=1, role=role, fill=fill)
+
+    specs = {"embed.W": weight((d_in, D), d_in, "input"), "embed.b": vector(D)}
+    for layer in range(config.layers):
+        specs |= {
+            f"{layer}.norm1.scale": vector(D, 1.0),
+            f"{layer}.norm1.shift": vector(D),
+            f"{layer}.Wq": weight((H, D, d), D),
+            f"{layer}.Wk": weight((H, D, d), D),
+            f"{layer}.Wv": weight((H, D, d), D),
+            f"{layer}.Wo": weight((H, d, D), D),
+            f"{layer}.norm2.scale": vector(D, 1.0),
+            f"{layer}.norm2.shift": vector(D),
+            f"{layer}.W1": weight((D, hidden), D),
+            f"{layer}.b1": vector(hidden),
+            f"{layer}.W2": weight((hidden, D), hidden),
+            f"{layer}.b2": vector(D),
+        }
+    return specs | {
+        "norm.scale": vector(D, 1.0),
+        "norm.shift": vector(D),
+        "unembed.W": weight((D, d_out), D, "output"),
+        "unembed.b": vector(d_out, role="constant"),
+    }
+
+
+def initial(config: ModelConfig, d_in: int, d_out: int, generator: Generator, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Parameters `[S, ...]` on the CPU: weights normal, drawn from each member's own stream; vectors constant."""
+    S = len(generator.key)
+    values = {}
+    for name, spec in tensor_specs(config, d_in, d_out).items():
+        if spec.fill is not None:
+            values[name] = torch.full((S, *spec.shape), spec.fill, dtype=dtype)
+        else:
+            values[name] = generator.fold(name).normal(*spec.shape, dtype=torch.float64).mul(spec.std(config)).to(dtype)
+    return values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadEdit:
+    """Heads of one layer to edit: those whose output becomes its mean, those whose attention becomes uniform."""
+
+    output: tuple[int, ...] = ()
+    pattern: tuple[int, ...] = ()
+
+
+def _affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """`x [S, B, N, i] @ W [S, i, o] + b [S, o]`."""
+    S, B, N, i = x.shape
+    return torch.baddbmm(b[:, None], x.reshape(S, B * N, i), W).view(S, B, N, -1)
+
+
+def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:]) * scale[:, None, None] + shift[:, None, None]
+
+
+def visible_keys(batch: Batch) -> Tensor | None:
+    """Bool `[..., B, N, K]`: keys that are real and allowed; None where all are."""
+    visible = batch.allowed
+    if batch.mask is not None:
+        if batch.keys is None:
+            real = batch.mask.unsqueeze(-2)
+        else:
+            shape = batch.keys.shape
+            real = torch.gather(batch.mask, -1, batch.keys.flatten(-2)).reshape(shape)
+        visible = real if visible is None else visible & real
+    return visible
+
+
+def embed(parameters: Parameters, batch: Batch) -> Tensor:
+    """Residual stream `[S, B, N, D]` before the first layer. Inputs without a member axis are shared by all."""
+    W = parameters["embed.W"]
+    inputs = batch.inputs if batch.inputs.dim() == 4 else batch.inputs.expand(len(W), *batch.inputs.shape)
+    return _affine(inputs, W, parameters["embed.b"])
+
+
+def _project(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`x [S, B, N, D]` times head weights `[S, H, D, d]`, all in one product: `[S, B, H, N, d]` each."""
+    S, B, N, D = x.shape
+    H, d = weights[0].shape[1], weights[0].shape[3]
+    stacked = torch.stack(weights, dim=1).permute(0, 3, 1, 2, 4).reshape(S, D, len(weights) * H * d)
+    heads = torch.bmm(x.reshape(S, B * N, D), stacked).view(S, B, N, len(weights), H, d)
+    return tuple(heads.permute(3, 0, 1, 4, 2, 5).unbind(0))
+
+
+def _at_keys(values: Tensor, keys: Tensor) -> Tensor:
+    """`values [S, B, H, N, d]` at `keys [(S,) B, N, K]`: `[S, B, H, N, K, d]`."""
+    S, B, H, N, d = values.shape
+    index = keys.expand(S, *keys.shape[-3:]).reshape(S, B, 1, -1, 1).expand(S, B, H, -1, d)
+    return torch.gather(values, 3, index).view(S, B, H, N, -1, d)
+
+
+def attention_pattern(q: Tensor, k: Tensor, batch: Batch, visible: Tensor | None, scale: float) -> Tensor:
+    """Softmax over each query's keys: `[S, B, H, N, K]` from `q, k [S, B, H, N, d]`."""
+    if batch.keys is None:
+        logits = torch.matmul(q * scale, k.transpose(-1, -2))
+    else:
+        logits = torch.matmul(_at_keys(k, batch.keys), (q * scale).unsqueeze(-1)).squeeze(-1)
+    if visible is not None:
+        logits = logits.masked_fill(~visible.unsqueeze(-3), HIDDEN_LOGIT)
+    return torch.softmax(logits, dim=-1)
+
+
+def mix_values(pattern: Tensor, v: Tensor, batch: Batch) -> Tensor:
+    """What each head reads: `[S, B, H, N, d]` from attention `[S, B, H, N, K]` and values `[S, B, H, N, d]`."""
+    if batch.keys is None:
+        return torch.matmul(pattern, v)
+    return torch.matmul(pattern.unsqueeze(-2), _at_keys(v, batch.keys)).squeeze(-2)
+
+
+def _edited(read: Tensor, v: Tensor, pattern: Tensor, batch: Batch, visible: Tensor | None, edit: HeadEdit) -> Tensor:
+    """What heads read, `[S, B, H, N, d]`, under the edit."""
+    read = read.clone()
+    if edit.pattern:
+        seen = torch.ones_like(pattern[:, :, :1]) if visible is None else visible.unsqueeze(-3).to(pattern.dtype)
+        uniform = (seen / seen.sum(-1, keepdim=True).clamp_min(1)).expand(pattern.shape)
+        heads = list(edit.pattern)
+        read[:, :, heads] = mix_values(uniform[:, :, heads], v[:, :, heads], batch)
+    if edit.output:
+        weight = torch.ones_like(read[:1, :, :1, :, :1])
+        if batch.mask is not None:
+            weight = batch.mask.to(read.dtype)[..., :, None, :, None]
+            weight = weight if weight.dim() == 5 else weight.unsqueeze(0)
+        mean = (read * weight).sum((1, 3), keepdim=True) / weight.sum((1, 3), keepdim=True)
+        heads = list(edit.output)
+        read[:, :, heads] = mean[:, :, heads].expand_as(read[:, :, heads])
+    return read
+
+
+def layer(
+    parameters: Parameters,
+    config: ModelConfig,
+    index: int,
+    x: Tensor,
+    batch: Batch,
+    *,
+    edit: HeadEdit | None = None,
+    patterns: list[Tensor] | None = None,
+) -> Tensor:
+    """Residual stream `[S, B, N, D]` after one layer; its attention `[S, B, H, N, K]` is appended to `patterns`."""
+
+    def p(name: str) -> Tensor:
+        return parameters[f"{index}.{name}"]
+
+    visible = visible_keys(batch)
+    q, k, v = _project(_norm(x, p("norm1.scale"), p("norm1.shift")), (p("Wq"), p("Wk"), p("Wv")))
+    pattern = attention_pattern(q, k, batch, visible, config.logit_scale)
+    if patterns is not None:
+        patterns.append(pattern)
+    read = mix_values(pattern, v, batch)
+    if edit is not None:
+        read = _edited(read, v, pattern, batch, visible, edit)
+    S, B, H, N, d = read.shape
+    x = x + torch.bmm(read.transpose(2, 3).reshape(S, B * N, H * d), p("Wo").reshape(S, H * d, -1)).view_as(x)
+    hidden = F.gelu(_affine(_norm(x, p("norm2.scale"), p("norm2.shift")), p("W1"), p("b1")))
+    return x + _affine(hidden, p("W2"), p("b2"))
+
+
+def unembed(parameters: Parameters, x: Tensor) -> Tensor:
+    """Predictions `[S, B, N, d_out]` from the residual stream after the last layer."""
+    x = _norm(x, parameters["norm.scale"], parameters["norm.shift"])
+    return _affine(x, parameters["unembed.W"], parameters["unembed.b"])
+
+
+def forward(
+    parameters: Parameters, config: ModelConfig, batch: Batch, *, patterns: list[Tensor] | None = None
+) -> Tensor:
+    """Predictions `[S, B, N, d_out]` of all members on the batch; attention weights only when `patterns` is given."""
+    x = embed(parameters, batch)
+    for index in range(config.layers):
+        x = layer(parameters, config, index, x, batch, patterns=patterns)
+    return unembed(parameters, x)
+
+
+def count_parameters(specs: Iterable[TensorSpec]) -> int:
+    """Numbers in one member."""
+    return sum(math.prod(spec.shape) for spec in specs)

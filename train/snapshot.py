@@ -1,0 +1,98 @@
+"""A pack at one probe step, as probes see it (it satisfies `probes.probe.View`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sim.system import Batch, System
+from train.config import ModelConfig
+from train.model import HeadEdit, embed, forward, layer, unembed
+
+
+class Intervention(Protocol):
+    """What is replaced in one layer: `probes.probe.Replace`, or anything of its shape."""
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer."""
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Heads whose output becomes its mean over the batch."""
+
+    @property
+    def pattern(self) -> tuple[int, ...]:
+        """Heads whose attention becomes uniform."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Snapshot:
+    """S members at one step. `parameters [S, ...]` are the live ones: read them before training goes on.
+
+    Interventions on one batch in a row share the layers below the lowest one replaced.
+    """
+
+    step: int
+    system: System
+    model: ModelConfig
+    parameters: Mapping[str, Tensor]
+    _batch: Batch | None = field(default=None, repr=False)
+    _residuals: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def members(self) -> int:
+        """S."""
+        return len(self.parameters["embed.W"])
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return self.model.layers
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.model.n_heads
+
+    @torch.no_grad()
+    def attention(self, batch: Batch) -> Tensor:
+        """Attention weights `[S, L, H, B, N, K]` on a batch without a member axis."""
+        patterns: list[Tensor] = []
+        forward(self.parameters, self.model, batch, patterns=patterns)
+        return torch.stack(patterns, dim=1).transpose(2, 3)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, replace: Iterable[Intervention] = ()) -> Tensor:
+        """Predictions `[S, B, N, d_out]`, under interventions (at most one per layer)."""
+        edits = {item.layer: HeadEdit(output=item.output, pattern=item.pattern) for item in replace}
+        if not edits:
+            return forward(self.parameters, self.model, batch)
+        lowest = min(edits)
+        x = self._residual(batch, lowest)
+        for index in range(lowest, self.layers):
+            x = layer(self.parameters, self.model, index, x, batch, edit=edits.get(index))
+        return unembed(self.parameters, x)
+
+    def _residual(self, batch: Batch, index: int) -> Tensor:
+        """The untouched stream that enters layer `index`, kept for the batch asked about last."""
+        if self._batch is not batch:
+            self._batch, self._residuals = batch, [embed(self.parameters, batch)]
+        while len(self._residuals) <= index:
+            below = len(self._residuals) - 1
+            self._residuals.append(layer(self.parameters, self.model, below, self._residuals[below], batch))
+        return self._residuals[index]
+
+    def loss(self, prediction: Tensor, batch: Batch, tokens: Tensor | None = None) -> Tensor:
+        """Loss per example `[S, B]` over `tokens` (bool `[B, N]`) or all real ones; 0 where an example has none."""
+        return self.system.loss(prediction, batch if tokens is None else replace(batch, mask=tokens))
+
+    def gradient(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradient of each member's mean loss by its own parameters."""
+        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+        loss = self.system.loss(forward(leaves, self.model, batch), batch).mean(-1).sum()
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
