@@ -34,6 +34,7 @@ class Curves:
     """All tables of a pack of S members: head curves by probe, and losses and system figures by step.
 
     figures: `[T][S]` by name, with `figure_steps [T]` and `figure_times [T][S]`; NaN where not measured at a step.
+    weights: `[S, P]` by step, in the order of `train.model.tensor_specs`.
     """
 
     members: int
@@ -41,6 +42,7 @@ class Curves:
     figure_steps: list[int] = field(default_factory=list)
     figure_times: list[NDArray[np.float64]] = field(default_factory=list)
     figures: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
+    weights: dict[int, Array] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -68,6 +70,7 @@ class Curves:
         arrays: Columns = {"figures/steps": np.array(self.figure_steps)}
         arrays |= {"figures/times": _stack(self.figure_times, self.members)}
         arrays |= {f"figures/value/{name}": _stack(value, self.members) for name, value in self.figures.items()}
+        arrays |= {f"weights/{step}": value for step, value in self.weights.items()}
         for name, curve in self.probes.items():
             arrays[f"probe/{name}/relations"] = np.array(curve.relations)
             arrays[f"probe/{name}/steps"] = np.array(curve.steps)
@@ -85,6 +88,8 @@ class Curves:
             match name.split("/"):
                 case ["figures", "value", *rest]:
                     curves.figures["/".join(rest)] = _unstack(value)
+                case ["weights", step]:
+                    curves.weights[int(step)] = value
                 case ["probe", probe, "relations"]:
                     curve = curves.probes.setdefault(probe, ProbeCurve())
                     curve.relations = tuple(str(relation) for relation in value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +48,7 @@ def ray_cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
         {"num_cpus": cpus, "include_dashboard": False} if local else {"address": address or "auto"}
     )
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment}, **options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment}, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"address: no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')!r} ({error})"
@@ -66,7 +67,7 @@ def settle_resources(wanted: Resources) -> dict[str, float]:
     for name, asked in (("cpu", wanted.cpus), ("gpu", gpus)):
         if asked < 0 or asked > most[name]:
             raise ValueError(
-                f"{name}s: {asked:g} is not allowed; it must be at most {most[name]:g}, all that one node of the cluster has"
+                f"{name}s: {asked:g} is not allowed; it must be at most {most[name]:g}, all that one node has"
             )
     return {"cpu": wanted.cpus, "gpu": gpus} if gpus else {"cpu": wanted.cpus}
 

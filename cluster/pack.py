@@ -20,7 +20,7 @@ from cluster import curves as tables
 from cluster.curves import Curves
 from cluster.encoding import encode
 from cluster.store import FolderStore
-from cluster.sweep import MemberConfig, Pack, packs, part_sizes, validate, versions
+from cluster.sweep import Member, MemberConfig, Pack, packs, part_sizes, validate, versions
 from probes import PROBES
 from probes.probe import Probe, ProbeBatch
 from sim.generator import Generator
@@ -29,6 +29,7 @@ from sim.system import Batch, Rows, System
 from train import checkpoint, loop
 from train.checkpoint import Files
 from train.loop import State, Trainer
+from train.model import tensor_specs
 from train.snapshot import Snapshot
 
 Figures = dict[str, NDArray[np.float64]]
@@ -131,6 +132,7 @@ class PackRun:
         self.trainer = Trainer(config.system, rows, config.model, trains, keys, state=state)
         self.stops = config.probe.steps(config.train.steps)
         self.sparse = config.probe.sparse_steps(config.train.steps)
+        self.kept = config.probe.weight_steps(config.train.steps)
         self.validation = pool.parts["validation"]
 
     def run(self) -> None:
@@ -164,6 +166,8 @@ class PackRun:
         for probe in self.probes:
             if probe.when == "every" or (probe.when == "sparse" and sparse):
                 self.curves.add(probe.name, snapshot.step, now, probe.measure(snapshot))
+        if snapshot.step in self.kept:
+            self.curves.weights[snapshot.step] = self.trainer.state.weights.detach().cpu().numpy().copy()
         self.curves.add_figures(snapshot.step, now, figures)
         self.sink.progress(snapshot.step, figures)
         self._save_if_due()
@@ -222,15 +226,30 @@ def warn(message: str) -> None:
     print(f"headway: {message}", file=sys.stderr, flush=True)
 
 
+def member_files(member: Member, index: int, curves: Curves) -> dict[str, bytes]:
+    """What every sink keeps of a member beside its tables: weights by step and name, and the config."""
+    config = member.config
+    specs = tensor_specs(config.model, config.system.d_in, config.system.d_out)
+    weights = {
+        f"{step}/{name}": value[0].numpy()
+        for step, rows in sorted(curves.weights.items())
+        for name, value in loop.unflatten(torch.from_numpy(rows[index : index + 1]), specs).items()
+    }
+    return {
+        "weights.npz": checkpoint.encode_arrays(weights),
+        "config.json": json.dumps(encode(config), indent=1).encode(),
+    }
+
+
 class FolderSink:
-    """Tables as .npz in a folder, one file a member and a file of its figures; nothing but numpy."""
+    """Tables as .npz in a folder, one sub-folder a member; nothing but numpy."""
 
     def __init__(self, folder: Path) -> None:
         self.files = FolderStore(folder)
 
     def done(self, member_id: str) -> bool:
         """Whether the member's tables are there (they are written last)."""
-        return (self.files.root / "members" / f"{member_id}.json").exists()
+        return (self.files.root / "members" / member_id / "member.json").exists()
 
     def restore(self, pack: Pack) -> tuple[State, Curves] | None:
         """From the folder's checkpoints."""
@@ -246,13 +265,15 @@ class FolderSink:
         save_checkpoint(self.files, pack, state, curves)
 
     def finish(self, pack: Pack, curves: Curves, diverged: Sequence[int]) -> None:
-        """`members/ID.curves.npz`, `members/ID.figures.npz`, then `members/ID.json`."""
+        """`members/ID/...`: curves.npz, figures.npz, weights.npz, config.json, and last member.json."""
         for index, member in enumerate(pack.members):
-            name = f"members/{member.id}"
-            self.files.put(f"{name}.curves.npz", checkpoint.encode_arrays(curves.head_table(index)))
-            self.files.put(f"{name}.figures.npz", checkpoint.encode_arrays(curves.figure_table(index)))
-            body = {"id": member.id, "axes": member.axes, "diverged": diverged[index], "config": encode(member.config)}
-            self.files.put(f"{name}.json", json.dumps(body).encode())
+            files = member_files(member, index, curves) | {
+                "curves.npz": checkpoint.encode_arrays(curves.head_table(index)),
+                "figures.npz": checkpoint.encode_arrays(curves.figure_table(index)),
+                "member.json": json.dumps({"axes": member.axes, "diverged": diverged[index]}).encode(),
+            }
+            for name, content in files.items():
+                self.files.put(f"members/{member.id}/{name}", content)
 
 
 def pools(members: Sequence[Pack], device: str) -> Iterator[tuple[Pack, Pool]]:

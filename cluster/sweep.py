@@ -54,7 +54,11 @@ class ProbeConfig:
     sparse_per_decade: int = 4
     """Steps a decade for the costly probes (ablations, distances, system figures); the last is always among them."""
 
+    weights_per_decade: int = 1
+    """Steps a decade at which every member's weights are kept with its tables; the first and last are among them."""
+
     def __post_init__(self) -> None:
+        require(self.weights_per_decade >= 1, "weights_per_decade", self.weights_per_decade, "at least 1")
         require(self.replicates >= 2, "replicates", self.replicates, "at least 2")
         require(self.examples >= 1, "examples", self.examples, "at least 1")
         require(1 <= self.sparse_examples <= self.examples, "sparse_examples", self.sparse_examples, "in 1..examples")
@@ -71,11 +75,16 @@ class ProbeConfig:
         return probe_steps(last, self.per_decade)
 
     def sparse_steps(self, last: int) -> frozenset[int]:
-        """The probe steps at which costly probes run too: those nearest to `sparse_per_decade` a decade."""
+        """The probe steps at which costly probes run too."""
+        return self._nearest(last, self.sparse_per_decade)
+
+    def weight_steps(self, last: int) -> frozenset[int]:
+        """The probe steps at which weights are kept."""
+        return self._nearest(last, self.weights_per_decade)
+
+    def _nearest(self, last: int, per_decade: int) -> frozenset[int]:
         steps = self.steps(last)
-        return frozenset(
-            min(steps, key=lambda step: abs(step - aim)) for aim in probe_steps(last, self.sparse_per_decade)
-        )
+        return frozenset(min(steps, key=lambda step: abs(step - aim)) for aim in probe_steps(last, per_decade))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,8 +18,16 @@ import torch
 from ray import tune
 
 from cluster.curves import Columns, Curves
-from cluster.encoding import encode
-from cluster.pack import Clock, Figures, Pace, build_probes, restore_checkpoint, run_pack, save_checkpoint
+from cluster.pack import (
+    Clock,
+    Figures,
+    Pace,
+    build_probes,
+    member_files,
+    restore_checkpoint,
+    run_pack,
+    save_checkpoint,
+)
 from cluster.store import open_store
 from cluster.sweep import MemberConfig, Pack, part_sizes
 from cluster.tracking import MemberRuns, Place
@@ -152,10 +160,9 @@ class TrialSink:
         """Tables and config of every member, then its run's end."""
         self.runs.flush()
         for index, member in enumerate(pack.members):
-            files = {
+            files = member_files(member, index, curves) | {
                 "curves.parquet": to_parquet(curves.head_table(index)),
                 "figures.parquet": to_parquet(curves.figure_table(index)),
-                "config.json": json.dumps(encode(member.config), indent=1).encode(),
             }
             self.runs.finish(index, files, diverged[index])
 

@@ -12,7 +12,7 @@ from probes.probe import Probe, ProbeBatch, When
 
 
 class Kind(NamedTuple):
-    """How a probe is made from the replicates of a probe set (None where the set has nothing for it), and its `when`."""
+    """How a probe is made from the replicates of a probe set (None: not for this set), and its `when`."""
 
     build: Callable[[tuple[ProbeBatch, ...]], Probe | None]
     when: When

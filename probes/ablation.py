@@ -58,8 +58,8 @@ class HeadAblation:
     """The worth of each head, as a share of what all attention is worth to this model on these tokens.
 
     The unit is `gap = loss_without_attention - loss`, the former with the outputs of all heads of all layers replaced
-    by their means, but no more than `ProbeBatch.ceilings`: a trained model that loses all its heads at once can do worse
-    than one that never had any. Shares are NaN where the gap is not above 1e-3 of that. Of head h in layer l:
+    by their means, but no more than `ProbeBatch.ceilings`: a trained model that loses all its heads at once can do
+    worse than one that never had any. Shares are NaN where the gap is not above 1e-3 of that. Of head h in layer l:
 
     ablation    (loss, h's output replaced by its mean) - loss
     pattern     (loss, h's attention made uniform, values kept) - loss: what the *looking* is worth

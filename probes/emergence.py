@@ -275,11 +275,12 @@ def _common_share(residual: Array, left_out: Array) -> float:
 
 
 def _rise_error(replicates: Array, rise: _Rise, residual: Array, common: float) -> float:
-    """Standard error of peak - baseline: spread over replicates, and common jitter of a smoothed probe."""
+    """Standard error of peak - baseline: over replicates, and common jitter of a smoothed probe and of the baseline."""
     curves = _smooth(replicates)
     heights = curves[:, int(rise.peak_at)] - curves[:, : int(rise.onset) + 1].mean(axis=1)
     sampling = heights.var(ddof=1) / heights.size if heights.size > 1 else 0.0
-    return float(np.sqrt(sampling + common * (_smooth(residual) ** 2).mean()))
+    jitter = (_smooth(residual) ** 2).mean() + (residual**2).mean() / (rise.onset + 1)
+    return float(np.sqrt(sampling + common * jitter))
 
 
 def _status(x: Array, mean: Array, rise: _Rise, u: float, rises: bool) -> Status:

@@ -77,8 +77,8 @@ class Generator:
         return (_shift(self.bits(*shape), 33) * high) >> 31
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform on (0, 1), never 0 nor 1: `[*lead, *shape]`, resolution 2^-24 (float32) or 2^-53 (float64)."""
-        digits = 53 if dtype == torch.float64 else 23
+        """Uniform on (0, 1), never 0 nor 1: `[*lead, *shape]`, spacing 2^-23 (float32) or 2^-52 (float64)."""
+        digits = 52 if dtype == torch.float64 else 23
         return (_shift(self.bits(*shape), 64 - digits).to(dtype) + 0.5) * 2.0**-digits
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

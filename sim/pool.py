@@ -56,7 +56,7 @@ class Pool:
     def make(cls, system: System, seed: int, sizes: Mapping[Part, int], device: torch.device | str = "cpu") -> Pool:
         """Simulate or enumerate `sizes[part]` rows of each part. `seed` is the data seed, shared by all members."""
         if "train" not in sizes or not set(sizes) <= set(PARTS) or min(sizes.values()) < 1:
-            raise ValueError(f"sizes: {dict(sizes)} is not allowed; it must give train, only {PARTS}, 1 or more of each")
+            raise ValueError(f"sizes: {dict(sizes)} is not allowed; it must give train, only {PARTS}, 1 or more each")
         generator = Generator.of("pool", seed, device=device)
         rows = {part: system.rows(part, sizes[part], generator) for part in PARTS if part in sizes}
         statistics = system.statistics(rows["train"])

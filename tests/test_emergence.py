@@ -105,6 +105,24 @@ def test_a_rise_that_ends_below_lift_two_has_t50_and_no_level():
     assert covers(fit.low, fit.high, head.t50)
 
 
+def test_noise_alone_is_no_rise():
+    """Over half u of it passes for a rise, unless it is held against its own standard error."""
+    head, noise = Planted("noise", "never", lambda z: np.full_like(z, 0.5)), Noise(flat=0.4)
+    scores = [observe(head, STEP, noise, np.random.default_rng(seed)) for seed in range(60)]
+    table = Counter(fit_emergence(STEP, score, U).status for score in scores)
+    assert table["never"] + table["at_start"] == 60
+    assert sum(emergence._rise(np.log(STEP), emergence._smooth(s.mean(axis=0))).height > 0.5 * U for s in scores) > 10
+
+
+def test_peak_does_not_follow_the_noise():
+    head, noise = planted.plain(np.random.default_rng(0)), Noise(flat=0.2)
+    excess, largest = np.mean([
+        (fit_emergence(STEP, score, U).peak / U - head.top, emergence._smooth(score.mean(axis=0)).max() / U - head.top)
+        for score in (observe(head, STEP, noise, np.random.default_rng(seed)) for seed in range(40))
+    ], axis=0)  # fmt: skip
+    assert 0.0 < excess < 0.6 * largest
+
+
 def test_a_level_that_is_hardly_reached_has_no_upper_bound():
     head = Planted("hardly", "emerged", lambda z: 1 + 1.01 * planted.gompertz(z, 2.0, 0.15), 1.0, 2.01)
     fit = fit_emergence(STEP, observe(head, STEP, Noise(jitter=0.01, spread=0.1), np.random.default_rng(2)), U)
