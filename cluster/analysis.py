@@ -33,7 +33,7 @@ CONFIDENCE = 0.9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseCurve:
-    """One probe's table of one member as arrays. relations: Q names; steps `[T]`; values `[T, L, H, Q, R]` by column."""
+    """One probe's table of one member. relations: Q names; steps `[T]`; values `[T, L, H, Q, R]` by column."""
 
     relations: tuple[str, ...]
     steps: NDArray[np.int64]
@@ -65,7 +65,7 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def analyze_heads(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """One row per (layer, head, relation) of a member: status, timescales with intervals, lifts, and what it is worth."""
+    """One row per (layer, head, relation) of a member: status, timescales with intervals, lifts, worth."""
     curve = dense(table, "attention")
     score = curve.values["score"].astype(float)
     by_uniform = lift(curve.values["score"], curve.values["null_uniform"])
@@ -97,7 +97,7 @@ def analyze_heads(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def head_worth(table: pd.DataFrame) -> dict[str, NDArray[Any]]:
-    """At the last sparse step, by (layer, head): mean shares of the loss that attention saves, and whether it matters."""
+    """At the last sparse step, by (layer, head): mean shares of what attention saves, and whether it matters."""
     curve = dense(table, "ablation")
     last = {name: values[-1, :, :, curve.relations.index("all")] for name, values in curve.values.items()}
     columns = ("ablation", "pattern", "only", "layer", "redundancy")

@@ -162,7 +162,7 @@ class PackRun:
     def _probe(self) -> None:
         snapshot, now = self.trainer.snapshot(), time.time()
         sparse = snapshot.step in self.sparse
-        figures = {"train_loss": to_numpy(self.trainer.take_loss())} | self._figures(snapshot, sparse)
+        figures = {"train_loss": to_numpy(self.trainer.take_loss())} | self.measure_figures(snapshot, sparse)
         for probe in self.probes:
             if probe.when == "every" or (probe.when == "sparse" and sparse):
                 self.curves.add(probe.name, snapshot.step, now, probe.measure(snapshot))
@@ -172,7 +172,7 @@ class PackRun:
         self.sink.progress(snapshot.step, figures)
         self._save_if_due()
 
-    def _figures(self, snapshot: Snapshot, sparse: bool) -> Figures:
+    def measure_figures(self, snapshot: Snapshot, sparse: bool) -> Figures:
         """Validation loss, at sparse steps the system's own figures too; noise is the same at every step."""
         config = self.pack.config
         stream = Generator.of("validation", config.data.seed, device=self.validation.device)

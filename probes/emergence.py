@@ -97,7 +97,7 @@ def fit_emergence(
     f = max(0, 1 - jackknife variance of the residuals / their mean square) the share of the residuals that all
     replicates have in common; the rest is in s_J already. With one replicate s_J = 0 and f = 1.
     Not guaranteed: jitter that lasts over many probes cannot be told from the shape of a curve. Where AR(1) jitter with
-    coefficient 0.7 dominates, 90% intervals cover about 70%.
+    coefficient 0.7 dominates, the 90% interval of t50 covers about 70%.
 
     Raises ValueError, naming argument, value and what is allowed, for wrong shapes, values that are not finite, steps
     that do not increase, fewer than 8 probes, null <= 0, or confidence outside (0, 1).

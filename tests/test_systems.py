@@ -309,16 +309,18 @@ def test_diagnose_gives_one_finite_figure_per_member(system, pool, lead):
         assert value.shape == lead and torch.isfinite(value).all(), name
 
 
-def test_diagnose_tells_members_apart(system, pool):
-    """The figures of a member are those that it gets alone."""
-    scales = torch.tensor([0.0, 0.3, 1.0]).reshape(3, 1, 1, 1)
+def test_diagnose_of_a_member_is_what_it_gets_alone(system, pool):
+    """Members that predict differently, and feed their own predictions back where the system rolls out."""
+    scales = torch.tensor([0.0, 0.1, -0.2]).reshape(3, 1, 1, 1)
 
-    def pack(batch):
-        return scales * random_like(batch.targets[..., :1] * torch.ones(system.d_out), 2)[-len(batch.targets) :]
+    def scaled(scale):
+        return lambda batch: scale * batch.inputs.mean(-1, keepdim=True).expand(*batch.targets.shape)
 
-    together = system.diagnose(pack, pool.parts["probe"], Generator.of("diagnose"))
-    assert all(value.shape == (3,) for value in together.values())
-    assert any(len(value.unique()) == 3 for value in together.values())
+    together = system.diagnose(scaled(scales), pool.parts["probe"], Generator.of("diagnose"))
+    for member in range(3):
+        alone = system.diagnose(scaled(scales[member, 0]), pool.parts["probe"], Generator.of("diagnose"))
+        for name, value in together.items():
+            torch.testing.assert_close(value[member], alone[name], rtol=1e-4, atol=1e-6)
 
 
 def test_mean_square_loss_by_hand():

@@ -1,0 +1,259 @@
+"""The main job: from a sweep's config to its report, taking up whatever the ledger already has."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import ray
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from cluster import analysis as analyses
+from cluster import tracking
+from cluster.analysis import Analysis
+from cluster.dispatch import Resources, count_workers, make_pools, ray_cluster, run_packs, settle_resources
+from cluster.pack import Pace, warn
+from cluster.report import MemberData, write_report
+from cluster.store import FolderStore, open_store
+from cluster.sweep import Member, Pack, Sweep, packs, validate, versions
+from cluster.tracking import Ledger, Place
+from cluster.trial import TrialContext
+from train import checkpoint
+from train.checkpoint import decode_arrays
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Where and how a sweep runs; nothing here changes a number."""
+
+    tracking_uri: str | None = None
+    """MLflow store or server. Default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in this folder."""
+    address: str | None = None
+    """Ray cluster. Default: RAY_ADDRESS, or a local one on this machine's cores."""
+    out: Path = Path("headway-out")
+    """Folder for reports and, unless `store` is given, checkpoints."""
+    store: str | None = None
+    """Folder or object-store URL for checkpoints; several nodes need one that all can reach."""
+    workers: int | None = None
+    """CPU cores of a local cluster. Default: all."""
+    cpus: float = 1.0
+    """CPU cores a pack takes."""
+    gpus: float | None = None
+    """GPUs a pack takes, a fraction to share one. Default: 1 where the cluster has GPUs, else 0."""
+    pack_size: int | None = None
+    """Members trained together. Default: such that every worker has work, at most 16."""
+    redo: bool = False
+    """Train members again that are done; their old runs leave the count."""
+
+
+class Display(Protocol):
+    """What a user sees while a sweep runs."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the job has begun."""
+
+    def packs(self, packs: Sequence[Pack]) -> None:
+        """These packs will be trained."""
+
+    def progress(self, pack: str, step: int, loss: float, failed: str) -> None:
+        """A pack has come to a step."""
+
+    def analyzed(self, done: int, total: int) -> None:
+        """Members analysed so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a sweep ended with. failed: members without a settled run, by id, with their causes."""
+
+    place: Place
+    analysis: Analysis
+    report: Path
+    trained: int
+    failed: Mapping[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Desk:
+    """Everything a command needs of the outside, checked before anything starts."""
+
+    client: MlflowClient
+    uri: str
+    out: Path
+    settings: Settings = field(default_factory=Settings)
+
+    @classmethod
+    def open(cls, settings: Settings) -> Desk:
+        """Connect to the store and try the output folder. ValueError in one line if either fails."""
+        out = settings.out.expanduser().absolute()
+        try:
+            FolderStore(out).put(".probe", b"")
+            FolderStore(out).delete(".probe")
+        except OSError as error:
+            raise ValueError(f"out: {str(settings.out)!r} cannot be written ({error.strerror or error})") from error
+        uri = tracking.resolve_uri(settings.tracking_uri)
+        return cls(client=tracking.connect(uri), uri=uri, out=out, settings=settings)
+
+    @property
+    def experiment(self) -> str:
+        """MLflow's id of the experiment that holds all sweeps."""
+        return tracking.experiment_id(self.client, self.uri)
+
+    def store(self, sweep: Sweep) -> str:
+        """Where the sweep's checkpoints lie."""
+        root = self.settings.store
+        return f"{root.rstrip('/')}/{sweep.id}" if root else str(self.out / sweep.id)
+
+
+def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
+    """Train what is missing, analyse everything, write the report. Ctrl-C and failures leave a truthful ledger."""
+    members = validate(sweep)
+    desk = Desk.open(settings)
+    for parent in tracking.find_sweeps(desk.client, desk.experiment, sweep.id):
+        tracking.require_free(parent)
+        warn_of_code(parent)
+    display.stage("starting Ray")
+    with ray_cluster(settings.address, settings.workers):
+        resources = settle_resources(Resources(cpus=settings.cpus, gpus=settings.gpus))
+        with held_ledger(desk, sweep) as ledger:
+            return _run(Job(desk, sweep, members, ledger, resources, display))
+
+
+@contextmanager
+def held_ledger(desk: Desk, sweep: Sweep) -> Iterator[Ledger]:
+    """The sweep's ledger; at the end the workers are stopped first, then runs they left behind are told truthfully."""
+    ledger, status = tracking.open_sweep(desk.client, desk.uri, sweep), "FAILED"
+    try:
+        yield ledger
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        ray.shutdown()
+        ledger.settle(running_too=True)
+        ledger.close(status)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One call of `run_sweep` on its way."""
+
+    desk: Desk
+    sweep: Sweep
+    members: Sequence[Member]
+    ledger: Ledger
+    resources: Mapping[str, float]
+    display: Display
+
+
+def _run(job: Job) -> Outcome:
+    start = time.monotonic()
+    if job.desk.settings.redo:
+        retire(job)
+    counted = job.ledger.settle(running_too=True)
+    missing = [member for member in job.members if member.id not in counted]
+    if missing:
+        train(job, missing)
+        counted = job.ledger.settle(running_too=True)
+    job.display.stage("analysing heads")
+    wanted = {member.id for member in job.members}
+    failed = {run.data.tags["member_id"]: run for run in job.ledger.children() if run.info.status == "FAILED"}
+    lost = [failed[member] for member in sorted(wanted - counted.keys()) if member in failed]
+    place, client = job.ledger.place, job.desk.client
+    analysis = analyses.analyze_sweep(client, place, job.sweep, counted, lost, job.display.analyzed)
+    job.display.stage("writing the report")
+    report = make_report(job.desk, job.sweep, place, analysis)
+    causes = {m: failed[m].data.tags.get("cause", "") if m in failed else "" for m in sorted(wanted - counted.keys())}
+    return Outcome(
+        place=place,
+        analysis=analysis,
+        report=report,
+        trained=len(missing) - len(causes),
+        failed=causes,
+        seconds=time.monotonic() - start,
+    )
+
+
+def retire(job: Job) -> None:
+    """Take the runs of this sweep's members out of the count, and drop their checkpoints."""
+    wanted = {member.id for member in job.members}
+    for run in job.ledger.children():
+        if run.data.tags["member_id"] in wanted and tracking.is_settled(run):
+            tracking.supersede(job.desk.client, run.info.run_id, "redo")
+    files = open_store(job.desk.store(job.sweep))
+    for name in files.names(checkpoint.FOLDER):
+        if name.endswith(".json"):
+            checkpoint.remove(files, name)
+
+
+def train(job: Job, missing: Sequence[Member]) -> None:
+    """Pack what is missing, from the furthest checkpoints, and run the packs."""
+    store = job.desk.store(job.sweep)
+    files = open_store(store)
+    starts = checkpoint.latest_steps(checkpoint.manifests(files, versions(), warn))
+    cut = packs(missing, count_workers(job.resources), job.desk.settings.pack_size, starts)
+    job.display.stage("making the pool of examples")
+    pools = make_pools(cut)
+    job.display.packs(cut)
+    context = TrialContext(packs=cut, pools=pools, place=job.ledger.place, store=store, pace=Pace())
+    run_packs(context, job.resources, job.display.progress)
+    settled = job.ledger.settle(running_too=True)
+    clear_checkpoints(files, settled.keys())
+
+
+def clear_checkpoints(files: checkpoint.Files, settled: object) -> None:
+    """Drop checkpoints of which every member is settled."""
+    for name in files.names(checkpoint.FOLDER):
+        if name.endswith(".json"):
+            found = [m for m in checkpoint.manifests(files, versions(), lambda _: None) if name.startswith(m.file[:-4])]
+            if found and all(member in settled for member in found[0].members):  # type: ignore[operator]
+                checkpoint.remove(files, name)
+
+
+def warn_of_code(parent: Run) -> None:
+    """Say so where the sweep was begun by other code."""
+    known, now = parent.data.tags.get("code_version"), tracking.code_version()
+    if known != now:
+        warn(
+            f"this sweep was last run by code {known}, now {now}; members done before are kept (--redo trains them again)"
+        )
+
+
+def load_member(client: MlflowClient, run_id: str) -> MemberData:
+    """A finished member's tables and kept weights."""
+    curves, figures = analyses.read_tables(client, run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = decode_arrays(Path(client.download_artifacts(run_id, "weights.npz", folder)).read_bytes())
+    return MemberData(curves=curves, figures=figures, weights=weights)
+
+
+def make_report(desk: Desk, sweep: Sweep, place: Place, analysis: Analysis) -> Path:
+    """Write the report on disk and put it up as artifacts of the parent run."""
+    folder = desk.out / sweep.id / "report"
+    links = {"MLflow": comparison_hint(desk, place)}
+    path = write_report(folder, sweep, analysis, lambda run_id: load_member(desk.client, run_id), links)
+    desk.client.log_artifacts(place.parent, str(folder), "report")
+    return path
+
+
+def comparison_path(place: Place) -> str:
+    """The page of the MLflow UI that compares this sweep's members."""
+    from urllib.parse import quote
+
+    search = quote(f"tags.`{tracking.PARENT}` = '{place.parent}'")
+    return f"/#/experiments/{place.experiment}/runs?searchFilter={search}&compareRunsMode=CHART"
+
+
+def comparison_hint(desk: Desk, place: Place) -> str:
+    """The link to the comparison on a server, or the command that opens one on a local store."""
+    if desk.uri.startswith("http"):
+        return desk.uri.rstrip("/") + comparison_path(place)
+    return f"headway ui --tracking-uri {desk.uri}"

@@ -1,0 +1,169 @@
+"""What a sweep will cost, before it starts: measured on this machine, one short trial of each shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.encoding import type_name
+from cluster.pack import PackRun, build_probes, make_pool
+from cluster.sweep import MemberConfig, Pack, part_sizes
+from train.loop import State
+from train.model import count_parameters, tensor_specs
+
+WARM, TIMED = 3, 8  # steps before and during a measurement
+TRIAL_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackCost:
+    """Seconds of a step and of one round of frequent and of costly probes; bytes in memory and of a member's artifacts."""
+
+    step: float
+    probe: float
+    sparse: float
+    memory: int
+    artifacts: int
+    checkpoint: int
+
+    def seconds(self, pack: Pack) -> float:
+        """Of the whole pack from its start."""
+        config, last = pack.config, pack.config.train.steps
+        frequent = sum(step >= pack.start for step in config.probe.steps(last))
+        sparse = sum(step >= pack.start for step in config.probe.sparse_steps(last))
+        return (last - pack.start) * self.step + frequent * self.probe + sparse * self.sparse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A sweep's packs and their cost. `workers` run at once; `done` members are in the ledger already."""
+
+    packs: tuple[Pack, ...]
+    costs: Mapping[str, PackCost]
+    workers: int
+    done: int
+
+    @property
+    def seconds(self) -> float:
+        """Until the last worker is through, packs handed out in their order to whoever is free; pools left out."""
+        busy = [0.0] * self.workers
+        for pack in self.packs:
+            busy[busy.index(min(busy))] += self.costs[shape_name(pack)].seconds(pack)
+        return max(busy, default=0.0)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the largest pack needs beside torch itself."""
+        return max((self.costs[shape_name(pack)].memory for pack in self.packs), default=0)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all members' artifacts, and of the two checkpoints that each running pack keeps."""
+        artifacts = sum(self.costs[shape_name(pack)].artifacts * len(pack.members) for pack in self.packs)
+        kept = sorted((self.costs[shape_name(pack)].checkpoint for pack in self.packs), reverse=True)
+        return artifacts + 2 * sum(kept[: self.workers])
+
+
+def shape_name(pack: Pack) -> str:
+    """Equal for packs that cost the same."""
+    return f"{pack.members[0].group} x {len(pack.members)}"
+
+
+def make_plan(packs: Sequence[Pack], workers: int, done: int) -> Plan:
+    """Measure one pack of each shape and add up."""
+    shapes = {shape_name(pack): pack for pack in packs}
+    costs = {name: measure(pack) for name, pack in shapes.items()}
+    return Plan(packs=tuple(packs), costs=costs, workers=workers, done=done)
+
+
+class _Nowhere:
+    """A sink that keeps nothing."""
+
+    def restore(self, pack: Pack) -> None:
+        """Start afresh."""
+
+    def progress(self, step: int, figures: object) -> None:
+        """Nothing."""
+
+    def save(self, *ignored: object) -> None:
+        """Nothing."""
+
+    def finish(self, *ignored: object) -> None:
+        """Nothing."""
+
+
+def measure(pack: Pack) -> PackCost:
+    """Cost of a pack from a few steps on a pool of a few rows. The sizes of tables follow from their shapes."""
+    config = pack.config
+    small = replace(config.data, rows=TRIAL_ROWS)
+    trial = replace(
+        pack, start=0, members=tuple(replace(m, config=replace(m.config, data=small)) for m in pack.members)
+    )
+    pool = make_pool(trial.config)
+    run = PackRun(trial, pool, build_probes(trial.config, pool), _Nowhere())
+    for _ in range(WARM):
+        run.trainer.advance()
+    start = time.perf_counter()
+    for _ in range(TIMED):
+        run.trainer.advance()
+    step = (time.perf_counter() - start) / TIMED
+    return PackCost(
+        step=step,
+        probe=_seconds(run, sparse=False),
+        sparse=_seconds(run, sparse=True),
+        memory=memory_bytes(pack, run.trainer.state),
+        artifacts=artifact_bytes(config, run),
+        checkpoint=3 * run.trainer.state.weights.nbytes + artifact_bytes(config, run) * len(pack.members),
+    )
+
+
+def _seconds(run: PackRun, sparse: bool) -> float:
+    probes = [probe for probe in run.probes if (probe.when == "sparse") == sparse]
+    snapshot = run.trainer.snapshot()
+    start = time.perf_counter()
+    for probe in probes:
+        probe.measure(snapshot)
+    run.measure_figures(snapshot, sparse)
+    return time.perf_counter() - start
+
+
+def memory_bytes(pack: Pack, state: State) -> int:
+    """Parameters, gradients and moments; what the backward pass keeps; one replicate's attention; the pool."""
+    config, members = pack.config, len(pack.members)
+    model, size = config.model, state.weights.element_size()
+    tokens = tokens_of(config)
+    per_token = model.layers * (10 * model.width + 2 * model.feedforward * model.width + 2 * model.n_heads * tokens)
+    activations = members * config.train.batch_size * tokens * per_token * size
+    attention = 3 * members * config.probe.examples * model.layers * model.n_heads * tokens**2 * size
+    rows = sum(part_sizes(config).values()) * tokens * (config.system.d_in + config.system.d_out) * size
+    return 6 * state.weights.nbytes + activations + attention + 2 * rows
+
+
+def tokens_of(config: MemberConfig) -> int:
+    """N, from one drawn row."""
+    pool = make_pool(replace(config, data=replace(config.data, rows=1, validation_rows=1)))
+    from sim.generator import Generator
+
+    return int(config.system.draw(pool.parts["train"], Generator.of("plan")).inputs.shape[-2])
+
+
+def artifact_bytes(config: MemberConfig, run: PackRun) -> int:
+    """Of one member: table cells at about 2.5 bytes compressed (measured on particles), and its kept weights."""
+    last = config.train.steps
+    grid = config.model.layers * config.model.n_heads * config.probe.replicates
+    cells = 0
+    for probe in run.probes:
+        steps = config.probe.steps(last) if probe.when == "every" else config.probe.sparse_steps(last)
+        cells += len(steps) * grid * len(probe.columns) * len(probe.relations)
+    weights = count_parameters(tensor_specs(config.model, config.system.d_in, config.system.d_out).values())
+    return int(2.5 * cells) + len(config.probe.weight_steps(last)) * weights * run.trainer.state.weights.element_size()
+
+
+def describe(config: MemberConfig) -> str:
+    """One line on what is trained."""
+    model, train = config.model, config.train
+    return (
+        f"{type_name(config.system)}; {model.layers} layers x {model.n_heads} heads, {train.steps:,} steps of "
+        f"{train.batch_size} at {train.learning_rate:g} ({train.optimizer}, {train.precision})"
+    )
