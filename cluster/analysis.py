@@ -100,7 +100,7 @@ def head_worth(table: pd.DataFrame) -> dict[str, NDArray[Any]]:
     """At the last sparse step, by (layer, head): mean shares of what attention saves, and whether it matters."""
     curve = dense(table, "ablation")
     last = {name: values[-1, :, :, curve.relations.index("all")] for name, values in curve.values.items()}
-    columns = ("ablation", "pattern", "only", "layer", "redundancy")
+    columns = ("ablation", "pattern", "only", "whole_layer", "redundancy")
     empty = np.full(next(iter(last.values())).shape, np.nan, dtype=np.float32)
     shares = {f"{name}_share": last.get(name, empty).mean(-1) for name in columns}
     return {**shares, "matters": matters(last.get("pattern", empty))}
@@ -223,10 +223,13 @@ def analyze_sweep(
     finished = {member: run for member, run in runs.items() if run.info.status == "FINISHED"}
     heads: list[dict[str, Any]] = []
     members: list[dict[str, Any]] = []
-    for done, (member, (head_rows, row)) in enumerate(_stream(place, sweep.system.relation, finished), start=1):
+    for done, (member, found) in enumerate(_stream(place, sweep.system.relation, finished), start=1):
         keys = member_keys(finished[member], sweep)
-        heads += [{**keys, **head} for head in head_rows]
-        members.append({**keys, "outcome": "finished", "cause": "", **row})
+        if isinstance(found, str):
+            members.append({**keys, "outcome": "not analysed", "cause": found})
+        else:
+            heads += [{**keys, **head} for head in found[0]]
+            members.append({**keys, "outcome": "finished", "cause": "", **found[1]})
         on_member(done, len(finished))
     settled = [run for run in runs.values() if run.info.status != "FINISHED"]
     for run in [*settled, *failed]:
@@ -272,15 +275,16 @@ def number(text: str) -> float | int | str:
     return text
 
 
-def _stream(
-    place: Place, judged: str, runs: Mapping[str, Run]
-) -> Iterator[tuple[str, tuple[list[dict[str, Any]], dict[str, Any]]]]:
-    """Results by member id as they come, a bounded number under way; a lost actor's member is analysed again."""
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    kind = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(Analyst)
+MemberResult = tuple[list[dict[str, Any]], dict[str, Any]]
+
+
+def _stream(place: Place, judged: str, runs: Mapping[str, Run]) -> Iterator[tuple[str, MemberResult | str]]:
+    """Results by member id as they come, or the cause why there is none; a lost actor's member is analysed again."""
+    cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    kind: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(Analyst)
     actors = [kind.remote(place, judged) for _ in range(max(1, min(cpus, len(runs))))]
-    waiting, under_way = list(runs), {}
-    idle = actors * 2  # two members under way on each actor: the next one's tables are asked for in time
+    waiting, idle = list(runs), actors * 2  # two members on each actor: the next one's tables are asked for in time
+    under_way: dict[Any, tuple[str, Any]] = {}
     while waiting or under_way:
         while waiting and idle:
             member, actor = waiting.pop(0), idle.pop(0)
@@ -288,7 +292,10 @@ def _stream(
         ready, _ = ray.wait(list(under_way), num_returns=1)
         member, actor = under_way.pop(ready[0])
         idle.append(actor)
-        yield member, ray.get(ready[0])
+        try:
+            yield member, ray.get(ready[0])
+        except ray.exceptions.RayError as error:
+            yield member, str(error).strip().splitlines()[-1]
 
 
 def save(client: MlflowClient, place: Place, analysis: Analysis) -> None:

@@ -55,6 +55,8 @@ class Curves:
         curve.steps.append(step)
         curve.wall_time.append(np.full(self.members, time))
         for column, value in measurement.values.items():
+            if column in KEYS:
+                raise ValueError(f"{probe}: column {column!r} is not allowed; it must not be one of {', '.join(KEYS)}")
             curve.values.setdefault(column, []).append(value)
 
     def add_figures(self, step: int, time: float, figures: Mapping[str, NDArray[np.float64]]) -> None:

@@ -96,10 +96,13 @@ def _pool_arrays(config: MemberConfig) -> dict[str, Any]:
 
 
 class _Progress(Callback):
-    """Hands trial reports to the driver's own function."""
+    """Hands trial reports to the driver's own function, which holds the terminal and stays behind when Tune pickles."""
 
     def __init__(self, packs: Sequence[Pack], on_progress: OnProgress) -> None:
         self.packs, self.on_progress = packs, on_progress
+
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        return Callback, ()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

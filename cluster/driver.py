@@ -70,13 +70,13 @@ class Display(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a sweep ended with. failed: members without a settled run, by id, with their causes."""
+    """What a sweep ended with. failed: how many members are left without a settled run."""
 
     place: Place
     analysis: Analysis
     report: Path
     trained: int
-    failed: Mapping[str, str]
+    failed: int
     seconds: float
 
 
@@ -163,29 +163,45 @@ def _run(job: Job) -> Outcome:
     if missing:
         train(job, missing)
         counted = job.ledger.settle(running_too=True)
-    job.display.stage("analysing heads")
-    wanted = {member.id for member in job.members}
-    failed = {run.data.tags["member_id"]: run for run in job.ledger.children() if run.info.status == "FAILED"}
-    lost = [failed[member] for member in sorted(wanted - counted.keys()) if member in failed]
-    place, client = job.ledger.place, job.desk.client
-    analysis = analyses.analyze_sweep(client, place, job.sweep, counted, lost, job.display.analyzed)
-    job.display.stage("writing the report")
-    report = make_report(job.desk, job.sweep, place, analysis)
-    causes = {m: failed[m].data.tags.get("cause", "") if m in failed else "" for m in sorted(wanted - counted.keys())}
+    lost = {member.id for member in job.members} - counted.keys()
+    analysis, report = analyze(job.desk, job.sweep, job.ledger.place, counted, job.display)
     return Outcome(
-        place=place,
+        place=job.ledger.place,
         analysis=analysis,
         report=report,
-        trained=len(missing) - len(causes),
-        failed=causes,
+        trained=len(missing) - len(lost),
+        failed=len(lost),
         seconds=time.monotonic() - start,
     )
+
+
+def analyze(
+    desk: Desk, sweep: Sweep, place: Place, counted: Mapping[str, Run], display: Display
+) -> tuple[Analysis, Path]:
+    """Tables over all counted members, and over those of which every run failed; and the report."""
+    display.stage("analysing heads")
+    runs = tracking.children(desk.client, place)
+    failed = {run.data.tags["member_id"]: run for run in runs if run.info.status == "FAILED"}
+    lost = [run for member, run in sorted(failed.items()) if member not in counted]
+    analysis = analyses.analyze_sweep(desk.client, place, sweep, counted, lost, display.analyzed)
+    display.stage("writing the report")
+    return analysis, make_report(desk, sweep, place, analysis)
+
+
+def analyze_again(desk: Desk, parent: Run, sweep: Sweep, display: Display) -> Outcome:
+    """Analysis and report of what the ledger has, whether or not a driver is at work."""
+    start = time.monotonic()
+    place = Place(uri=desk.uri, experiment=desk.experiment, parent=parent.info.run_id)
+    counted = tracking.counted(tracking.children(desk.client, place))
+    with ray_cluster(desk.settings.address, desk.settings.workers):
+        analysis, report = analyze(desk, sweep, place, counted, display)
+    return Outcome(place=place, analysis=analysis, report=report, trained=0, failed=0, seconds=time.monotonic() - start)
 
 
 def retire(job: Job) -> None:
     """Take the runs of this sweep's members out of the count, and drop their checkpoints."""
     wanted = {member.id for member in job.members}
-    for run in job.ledger.children():
+    for run in tracking.children(job.desk.client, job.ledger.place):
         if run.data.tags["member_id"] in wanted and tracking.is_settled(run):
             tracking.supersede(job.desk.client, run.info.run_id, "redo")
     files = open_store(job.desk.store(job.sweep))
@@ -222,9 +238,7 @@ def warn_of_code(parent: Run) -> None:
     """Say so where the sweep was begun by other code."""
     known, now = parent.data.tags.get("code_version"), tracking.code_version()
     if known != now:
-        warn(
-            f"this sweep was last run by code {known}, now {now}; members done before are kept (--redo trains them again)"
-        )
+        warn(f"this sweep was last run by code {known}, now {now}; members done are kept (--redo trains them again)")
 
 
 def load_member(client: MlflowClient, run_id: str) -> MemberData:

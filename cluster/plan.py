@@ -18,7 +18,7 @@ TRIAL_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackCost:
-    """Seconds of a step and of one round of frequent and of costly probes; bytes in memory and of a member's artifacts."""
+    """Seconds of a step and of a round of frequent and costly probes; bytes in memory and of a member's artifacts."""
 
     step: float
     probe: float

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import socket
@@ -26,6 +27,7 @@ from urllib.parse import urlsplit
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
@@ -33,6 +35,9 @@ from mlflow.exceptions import MlflowException
 
 from cluster.encoding import encode, type_name
 from cluster.sweep import Member, Pack, Sweep
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table of a new store
+logging.getLogger("alembic").setLevel(logging.WARNING)
 
 EXPERIMENT = "headway"
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -134,25 +139,20 @@ class Ledger:
     driver: str
     _stop: threading.Event = field(default_factory=threading.Event)
 
-    def children(self, condition: str = "") -> list[Run]:
-        """The members' runs, deleted ones left out."""
-        return _search(self.client, self.place.experiment, f"tags.`{PARENT}` = '{self.place.parent}'{condition}")
-
     def settle(self, running_too: bool) -> dict[str, Run]:
         """The run that counts for each settled member: the earliest; later ones become KILLED and name it.
 
         running_too: also end runs left RUNNING by workers that are gone. Call it only while no worker is at work.
         """
-        counted: dict[str, Run] = {}
-        for run in sorted(self.children(), key=lambda run: (run.info.end_time or 0, run.info.start_time)):
-            member, status = run.data.tags["member_id"], run.info.status
-            if status == "RUNNING" and running_too:
+        runs = children(self.client, self.place)
+        kept = counted(runs)
+        for run in runs:
+            member = run.data.tags["member_id"]
+            if is_settled(run) and kept[member] is not run:
+                supersede(self.client, run.info.run_id, kept[member].info.run_id)
+            elif running_too and run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "KILLED")
-            elif is_settled(run) and member in counted:
-                supersede(self.client, run.info.run_id, counted[member].info.run_id)
-            elif is_settled(run):
-                counted[member] = run
-        return counted
+        return kept
 
     def beat(self) -> None:
         """Say that this driver is alive."""
@@ -175,6 +175,27 @@ class Ledger:
         self._stop.set()
         self.client.set_tag(self.place.parent, "heartbeat", "")
         self.client.set_terminated(self.place.parent, status)
+
+
+def children(client: MlflowClient, place: Place) -> list[Run]:
+    """The members' runs of a sweep, deleted ones left out."""
+    return _search(client, place.experiment, f"tags.`{PARENT}` = '{place.parent}'")
+
+
+def counted(runs: Iterable[Run]) -> dict[str, Run]:
+    """The run that counts for each settled member: the one that ended first."""
+    kept: dict[str, Run] = {}
+    for run in sorted(filter(is_settled, runs), key=lambda run: (run.info.end_time or 0, run.info.start_time)):
+        kept.setdefault(run.data.tags["member_id"], run)
+    return kept
+
+
+def settled_members(client: MlflowClient, uri: str, sweep: Sweep) -> set[str]:
+    """Members of the sweep that the ledger counts as done, without touching it."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    found = find_sweeps(client, str(experiment.experiment_id), sweep.id) if experiment else []
+    places = [Place(uri=uri, experiment=run.info.experiment_id, parent=run.info.run_id) for run in found]
+    return {run.data.tags["member_id"] for place in places for run in children(client, place) if is_settled(run)}
 
 
 def is_settled(run: Run) -> bool:

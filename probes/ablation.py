@@ -65,8 +65,8 @@ class HeadAblation:
     pattern     (loss, h's attention made uniform, values kept) - loss: what the *looking* is worth
     only        (loss, layer l replaced) - (loss, all heads of l but h replaced): what h alone brings back. Same sign as
                 `ablation` and equal to it where heads do not interact; larger where others do the same work
-    layer       (loss, all heads of l replaced) - loss; the same for its heads
-    redundancy  layer - sum of `ablation` over its heads; positive where heads stand in for each other
+    whole_layer (loss, all heads of l replaced) - loss; the same for its heads
+    redundancy  whole_layer - sum of `ablation` over its heads; positive where heads stand in for each other
     loss, loss_without_attention   as they are, the same for all heads
 
     Differences of losses are the share times the gap. The relation axis holds groups of tokens: "all", then the names
@@ -81,7 +81,7 @@ class HeadAblation:
     name: ClassVar[str] = "ablation"
     when: ClassVar[When] = "sparse"
     columns: ClassVar[tuple[str, ...]] = (
-        "ablation", "pattern", "only", "layer", "redundancy", "loss", "loss_without_attention",
+        "ablation", "pattern", "only", "whole_layer", "redundancy", "loss", "loss_without_attention",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

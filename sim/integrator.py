@@ -109,7 +109,7 @@ def compiled_advance(n: int, dtype: torch.dtype, device: torch.device, limit: bo
 def integrate(
     positions: Tensor, velocities: Tensor, constants: Tensor, steps: int, limit: bool, compiled: Advance | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions and velocities `[B, N, 2]` after `steps`, and the closest squared distance `[B, N, N]` met before each.
+    """Positions and velocities `[B, N, 2]` after `steps`, and bool `[B, N, N]`: which pairs overlapped before any of them.
 
     A compiled kernel has one fixed size, so its last chunk repeats the last box.
     """
@@ -119,7 +119,7 @@ def integrate(
     # (2 diameters)^2 keeps a disc from itself; 1e-30: centres that coincide exert no force, rather than NaN
     own = (torch.eye(n).to(positions) * (2 * constants[0]) ** 2 + 1e-30).unsqueeze(-1)
     start_state = torch.cat((positions, velocities), -1)
-    ends, closests = [], []
+    ends, flags = [], []
     with torch.no_grad():
         for start in range(0, max(boxes, 1), size):
             count = min(size, boxes - start)
@@ -129,6 +129,6 @@ def integrate(
             for _ in range(steps):
                 x, y, u, v, closest = step(x, y, u, v, closest, constants, own, limit)
             ends.append(torch.stack((x, y, u, v), -1).transpose(0, 1)[:count])
-            closests.append(closest.permute(2, 0, 1)[:count])
-        end, closest = torch.cat(ends), torch.cat(closests)
-    return end[..., :2].contiguous(), end[..., 2:].contiguous(), closest
+            flags.append((closest < constants[0] * constants[0]).permute(2, 0, 1)[:count])
+        end = torch.cat(ends)
+    return end[..., :2].contiguous(), end[..., 2:].contiguous(), torch.cat(flags)

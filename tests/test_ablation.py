@@ -51,7 +51,7 @@ def test_heads_that_add_up(offset):
                        offset=offset)  # fmt: skip
     for column in ("ablation", "pattern", "only"):
         near(found[column][..., 0], [[0.7, 0.1, 0], [0.2, 0, 0]])
-    near(found["layer"][..., 0], [[0.8] * 3, [0.2] * 3])
+    near(found["whole_layer"][..., 0], [[0.8] * 3, [0.2] * 3])
     near(found["redundancy"], 0)
     near(found["loss"], 0.5)
     near(found["loss_without_attention"], 1.5)
@@ -73,7 +73,7 @@ def test_copies_hide_each_other():
     found, _ = measure([[half, half]])
     near(found["ablation"], 0.25)
     near(found["only"], 0.75)
-    near(found["layer"], 1)
+    near(found["whole_layer"], 1)
     near(found["redundancy"], 0.5)
 
 
@@ -111,7 +111,7 @@ def test_groups_that_split_the_real_tokens_average_to_all():
 
 def test_attention_worth_nothing_has_no_shares():
     found, _ = measure([[signal(0, 5e-4), signal(1, 4e-4)]], noise=1.0)
-    assert all(np.isnan(found[c]).all() for c in ("ablation", "pattern", "only", "layer", "redundancy"))
+    assert all(np.isnan(found[c]).all() for c in ("ablation", "pattern", "only", "whole_layer", "redundancy"))
     near(found["loss"], 1)
 
 
@@ -125,7 +125,7 @@ def test_predictions_come_layer_by_layer_and_no_more_than_needed():
 
 def test_one_head_alone_is_its_layer():
     found, _ = measure([[signal(0, 0.6)], [signal(1, 0.4)]])
-    for column in ("ablation", "only", "layer"):
+    for column in ("ablation", "only", "whole_layer"):
         near(found[column][:, 0, 0], [0.6, 0.4])
 
 

@@ -1,0 +1,360 @@
+"""The `headway` command."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from mlflow.entities import Run
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster import tracking
+from cluster.analysis import load_analysis, load_sweep_config, number
+from cluster.display import Terminal, axis_titles, count, duration, show_plan, width_summary
+from cluster.driver import Desk, Outcome, Settings, analyze_again, comparison_path, make_report, run_sweep
+from cluster.encoding import require_known
+from cluster.plan import make_plan
+from cluster.recipes import RECIPES, load_sweep
+from cluster.sweep import Sweep, packs, validate
+from cluster.tracking import short_axes
+
+USAGE = """\
+headway COMMAND ...
+
+  recipes               the named sweeps, one line each
+  sweep RECIPE ...      train a sweep, measure every head, write a report; run again to go on where it stopped
+  status [SWEEP]        sweeps in the ledger, or the members of one
+  analyze SWEEP         work out timescales again from the tables of the members that are done
+  report SWEEP          write the report again from the last analysis
+  ui                    MLflow's pages on this machine, with a link to the comparison
+
+`headway COMMAND --help` tells more. RECIPE is a name, or the .json of a stored sweep; SWEEP is a name or an id."""
+
+SWEEP_HELP = """Train a sweep, measure every head as it learns, and write a report.
+
+Every member (width x seed) is a run in MLflow under one parent. Running the same sweep again trains only what is
+missing; more seeds or widths extend it. Any field of the recipe can be overridden, for example
+
+  headway sweep quick --widths 16 32 64 --seeds 8 --train.steps 4000
+  headway sweep quick --axis train.learning_rate=0.0005,0.001,0.002 --dry-run
+"""
+
+
+def parse(kind: Any, arguments: Sequence[str], default: Any, prog: str, description: str) -> Any:
+    """A dataclass from command-line arguments, or ValueError in one line. `--help` prints and ends the process."""
+    options = {"default": default, "prog": prog, "description": description}
+    if {"-h", "--help"} & set(arguments):
+        return tyro.cli(kind, args=["--help"], **options)
+    captured = io.StringIO()
+    with contextlib.redirect_stderr(captured), wide_terminal():
+        try:
+            return tyro.cli(kind, args=list(arguments), **options)
+        except SystemExit:
+            raise ValueError(one_line(captured.getvalue())) from None
+
+
+@contextlib.contextmanager
+def wide_terminal() -> Iterator[None]:
+    """tyro wraps its messages to the terminal; here they become one line."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "2000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def one_line(message: str) -> str:
+    """The text of tyro's box of an error, without the box and without what `--help` says anyway."""
+    text = [line.strip("│╭╰╮╯─ \t") for line in message.splitlines()]
+    kept = [line for line in text[1:] if line and "full helptext" not in line]
+    return "; ".join(kept).replace(":; ", ": ")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreOptions:
+    """Where the ledger and the reports are."""
+
+    tracking_uri: str | None = None
+    """MLflow store or server. Default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in this folder."""
+    out: Path = Path("headway-out")
+    """Folder for reports."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnalyzeOptions(StoreOptions):
+    """Where the ledger and the reports are, and what works on them."""
+
+    address: str | None = None
+    """Ray cluster. Default: RAY_ADDRESS, or a local one on this machine's cores."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UiOptions(StoreOptions):
+    """Where the ledger is, and where its pages are served."""
+
+    host: str = "127.0.0.1"
+    """Address to serve on; the pages have no password, so think before you widen it."""
+    port: int = 5000
+    """Port to serve on."""
+
+
+def sweep_form(default: Sweep) -> tuple[Any, Any]:
+    """A dataclass with a flag for every field of the sweep, those of its own system included, and the default."""
+    hidden = tyro.conf.Suppress[Mapping[str, Any]]
+    annotations = {"system": type(default.system), "axes": hidden}
+    body = {"__annotations__": annotations, "__module__": Sweep.__module__, "__doc__": "The sweep."}
+    kind = dataclass(frozen=True, kw_only=True)(
+        type("SweepForm", (Sweep,), {**body, "system": default.system, "axes": field(default_factory=dict)})
+    )
+    options = tyro.conf.arg(name="")
+    form = make_dataclass(
+        "Options",
+        [
+            ("sweep", Annotated[kind, options]),
+            ("settings", Annotated[Settings, options]),
+            ("axis", Annotated[tuple[str, ...], tyro.conf.arg(help="Further axes, each NAME=VALUE,VALUE,...")], ()),
+            (
+                "dry_run",
+                Annotated[bool, tyro.conf.arg(help="Print the plan, measured here, and start nothing.")],
+                False,
+            ),
+        ],
+        kw_only=True,
+    )
+    values = {item.name: getattr(default, item.name) for item in fields(default)}
+    return form, form(sweep=kind(**values), settings=Settings())
+
+
+def parse_axes(items: Sequence[str]) -> dict[str, tuple[float | int | str, ...]]:
+    """`train.learning_rate=0.001,0.002` as a name and its values. ValueError for another form, or a repeated name."""
+    axes: dict[str, tuple[float | int | str, ...]] = {}
+    for item in items:
+        name, equals, values = item.partition("=")
+        if not (name and equals and values) or name in axes:
+            raise ValueError(f"axis: {item!r} is not allowed; it must be NAME=VALUE,VALUE,..., each name once")
+        axes[name] = tuple(number(value) for value in values.split(","))
+    return axes
+
+
+def sweep_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway sweep`."""
+    if not arguments or arguments[0].startswith("-"):
+        print(SWEEP_HELP)
+        recipes_command([], console)
+        return 0 if {"-h", "--help"} & set(arguments) else 2
+    default = load_sweep(arguments[0])
+    form, filled = sweep_form(default)
+    options = parse(form, arguments[1:], filled, f"headway sweep {arguments[0]}", SWEEP_HELP)
+    values = {item.name: getattr(options.sweep, item.name) for item in fields(Sweep)}
+    sweep = Sweep(**{**values, "axes": {**default.axes, **parse_axes(options.axis)}})
+    if options.dry_run:
+        return dry_run(sweep, options.settings, console)
+    with Terminal(console) as display:
+        outcome = run_sweep(sweep, options.settings, display)
+    show_outcome(console, sweep, options.settings, outcome)
+    return 1 if outcome.failed else 0
+
+
+def dry_run(sweep: Sweep, settings: Settings, console: Console) -> int:
+    """Print what the sweep would train and cost. Reads the ledger, makes none."""
+    members, done = validate(sweep), set()
+    uri = tracking.resolve_uri(settings.tracking_uri)
+    if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists():
+        client = tracking.connect(uri)
+        done = tracking.settled_members(client, uri, sweep)
+    workers = settings.workers or len(os.sched_getaffinity(0))
+    cut = packs([m for m in members if m.id not in done], workers, settings.pack_size)
+    show_plan(console, sweep, make_plan(cut, workers, len(members) - sum(len(p.members) for p in cut)))
+    return 0
+
+
+def show_outcome(console: Console, sweep: Sweep, settings: Settings, outcome: Outcome) -> None:
+    """The closing table, what failed, and where to look next."""
+    axes = axis_titles(sweep)
+    if len(outcome.analysis.widths):
+        console.print(width_summary(outcome.analysis.widths, sweep.system.relation, axes))
+    members = outcome.analysis.members
+    for _, row in members[members["outcome"] != "finished"].iterrows() if len(members) else ():
+        where = " ".join(f"{axis}={row[axis]}" for axis in [*axes, "seed"])
+        console.print(f"[red]{row['outcome']}[/red]: {where}: {escape(row['cause'])}")
+    console.print(
+        f"{count(outcome.trained, 'member')} trained in this call, {count(len(members), 'member')} in the sweep; "
+        f"{duration(outcome.seconds)}"
+    )
+    console.print(f"report:  {outcome.report}")
+    ui = ["headway", "ui"] + (["--tracking-uri", settings.tracking_uri] if settings.tracking_uri else [])
+    uri = tracking.resolve_uri(settings.tracking_uri)
+    link = comparison_path(outcome.place)
+    if uri.startswith("http"):
+        console.print(f"compare: {uri.rstrip('/')}{link}", soft_wrap=True)
+    else:
+        console.print(f"compare: run  {' '.join(ui)}  and open", soft_wrap=True)
+        console.print(f"         http://127.0.0.1:5000{link}", soft_wrap=True)
+
+
+def named(arguments: Sequence[str], options: Any, prog: str, description: str) -> tuple[str, Any]:
+    """The sweep's name, which comes first, and the options after it."""
+    if not arguments or arguments[0].startswith("-"):
+        parse(type(options), ["--help"] if {"-h", "--help"} & set(arguments) else [], options, prog, description)
+        raise ValueError(f"sweep: none given; it must be a name or an id: {prog} SWEEP")
+    return arguments[0], parse(type(options), arguments[1:], options, f"{prog} {arguments[0]}", description)
+
+
+def open_named(name: str, settings: Settings) -> tuple[Desk, Run, Sweep]:
+    """The desk, the parent run and the config of a sweep in the ledger."""
+    desk = Desk.open(settings)
+    parent = tracking.find_sweep(desk.client, desk.experiment, name)
+    return desk, parent, load_sweep_config(desk.client, parent.info.run_id)
+
+
+def analyze_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway analyze`."""
+    text = "Work out timescales again, from the tables of the members that are done, and write the report again."
+    name, options = named(arguments, AnalyzeOptions(), "headway analyze", text)
+    settings = Settings(tracking_uri=options.tracking_uri, out=options.out, address=options.address)
+    desk, parent, sweep = open_named(name, settings)
+    with Terminal(console) as display:
+        outcome = analyze_again(desk, parent, sweep, display)
+    show_outcome(console, sweep, settings, outcome)
+    return 0
+
+
+def report_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway report`."""
+    name, options = named(arguments, StoreOptions(), "headway report", "Write the report again from the last analysis.")
+    desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
+    place = tracking.Place(uri=desk.uri, experiment=desk.experiment, parent=parent.info.run_id)
+    path = make_report(desk, sweep, place, load_analysis(desk.client, place.parent))
+    console.print(f"report:  {path}")
+    return 0
+
+
+def status_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway status`."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    rest = arguments[1:] if name else arguments
+    options = parse(StoreOptions, rest, StoreOptions(), "headway status", "Sweeps in the ledger, or members of one.")
+    uri = tracking.resolve_uri(options.tracking_uri)
+    client = tracking.connect(uri)
+    experiment = tracking.experiment_id(client, uri)
+    if name is None:
+        table = Table("sweep", "system", "status", "begun", "code")
+        for run in tracking.find_sweeps(client, experiment):
+            tags = run.data.tags
+            table.add_row(tags["sweep_id"], tags["system"], run.info.status, when(run), tags["code_version"])
+        console.print(table)
+        return 0
+    parent = tracking.find_sweep(client, experiment, name)
+    sweep = load_sweep_config(client, parent.info.run_id)
+    place = tracking.Place(uri=uri, experiment=experiment, parent=parent.info.run_id)
+    show_members(console, sweep, tracking.children(client, place))
+    return 0
+
+
+def when(run: Run) -> str:
+    """Start of a run in local time."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info.start_time / 1000))
+
+
+def show_members(console: Console, sweep: Sweep, runs: Sequence[Run]) -> None:
+    """How many members of the sweep stand where, and every failure with its cause."""
+    counted = {run.data.tags["member_id"]: run for run in runs if tracking.is_settled(run)}
+    state = {run.data.tags["member_id"]: run.info.status.lower() for run in runs if run.info.status != "KILLED"}
+    state |= {member: run.data.tags.get("outcome", "finished") for member, run in counted.items()}
+    members = sweep.members()
+    table = Table(
+        *axis_titles(sweep), "members", *(columns := ["finished", "running", "diverged", "failed", "missing"])
+    )
+    points: dict[tuple[str, ...], list[str]] = {}
+    for member in members:
+        points.setdefault(tuple(short_axes(member.axes).values()), []).append(state.get(member.id, "missing"))
+    for point, states in points.items():
+        table.add_row(*point, str(len(states)), *(str(states.count(column)) for column in columns))
+    console.print(f"[bold]{escape(sweep.id)}[/bold]")
+    console.print(table)
+    for run in runs:
+        if run.info.status == "FAILED":
+            console.print(
+                f"[red]{escape(run.info.run_name)}[/red]: {escape(run.data.tags.get('cause', 'no cause kept'))}"
+            )
+
+
+def recipes_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway recipes`."""
+    table = Table("recipe", "members", "what it is")
+    for name, recipe in RECIPES.items():
+        table.add_row(name, str(len(recipe().members())), (recipe.__doc__ or "").strip())
+    console.print(table)
+    return 0
+
+
+def ui_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway ui`: serves until Ctrl-C."""
+    text = "Serve MLflow's pages of a local store on this machine and print the link to the comparison."
+    options = parse(UiOptions, arguments, UiOptions(), "headway ui", text)
+    uri = tracking.resolve_uri(options.tracking_uri)
+    client = tracking.connect(uri)
+    experiment = tracking.experiment_id(client, uri)
+    base = uri.rstrip("/") if uri.startswith("http") else f"http://{options.host}:{options.port}"
+    for run in tracking.find_sweeps(client, experiment)[:10]:
+        place = tracking.Place(uri=uri, experiment=experiment, parent=run.info.run_id)
+        console.print(f"{run.data.tags['sweep_id']}: {base}{comparison_path(place)}", soft_wrap=True)
+    if uri.startswith("http"):
+        return 0
+    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", options.host]
+    server += ["--port", str(options.port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return subprocess.run(server, env=environment, check=False).returncode
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], Console], int]] = {
+    "sweep": sweep_command,
+    "analyze": analyze_command,
+    "report": report_command,
+    "status": status_command,
+    "recipes": recipes_command,
+    "ui": ui_command,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. 0: done; 1: some members failed; 2: bad input, nothing started; 130: interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"headway {version('headway')}")
+        return 0
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            require_known(command, list(COMMANDS), "command")
+        return COMMANDS[command](rest, console)
+    except ValueError as error:
+        print(f"headway: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("headway: stopped; the ledger says what is done, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What the terminal shows: stages, progress, plans and closing tables; plain lines at intervals where none is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cluster.analysis import STATUSES
+from cluster.plan import Plan, describe, shape_name
+from cluster.sweep import Pack, Sweep
+from cluster.tracking import short_axes
+
+LINE_EVERY = 15.0  # seconds between plain lines
+SHOWN = 6  # packs with a bar of their own at one time
+
+
+class Terminal:
+    """Live progress: one bar for all member-steps, one for each running pack with its loss."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.total: TaskID | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.by_id: dict[str, Pack] = {}
+        self.steps: dict[str, int] = {}
+        self.lost: dict[str, str] = {}
+        self.last_line = -math.inf
+
+    def __enter__(self) -> Terminal:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def stage(self, text: str) -> None:
+        """A new part of the job has begun."""
+        for task in (self.total, *self.tasks.values()):
+            if task is not None:
+                self.bars.update(task, visible=False)
+        self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}")
+
+    def packs(self, packs: Sequence[Pack]) -> None:
+        """These packs will be trained."""
+        self.by_id = {pack.id: pack for pack in packs}
+        self.steps = {pack.id: pack.start for pack in packs}
+        members = sum(len(pack.members) for pack in packs)
+        self.stage(f"training {count(members, 'member')} in {count(len(packs), 'pack')}")
+        self.total = self.bars.add_task("all", total=self._work_total(), note="")
+
+    def _work_total(self) -> int:
+        return sum(len(p.members) * (p.config.train.steps - p.start) for p in self.by_id.values())
+
+    def _work_done(self) -> int:
+        return sum(len(p.members) * (self.steps[p.id] - p.start) for p in self.by_id.values())
+
+    def progress(self, pack: str, step: int, loss: float, failed: str) -> None:
+        """A pack has come to a step, or has failed for good."""
+        if failed and pack not in self.lost:
+            self.lost[pack] = failed
+            self.console.print(f"[red]pack {pack} failed[/red]: {escape(failed)}")
+        self.steps[pack] = max(step, self.steps.get(pack, 0))
+        if self.console.is_terminal:
+            self._draw(pack, loss)
+        elif time.monotonic() - self.last_line > LINE_EVERY:
+            self.last_line = time.monotonic()
+            share = self._work_done() / max(self._work_total(), 1)
+            self.console.print(f"{share:4.0%} of all steps; pack {pack} at step {step:,}, loss {loss:.4f}")
+
+    def _draw(self, pack: str, loss: float) -> None:
+        if self.total is not None:
+            self.bars.update(self.total, completed=self._work_done())
+        last = self.by_id[pack].config.train.steps
+        over = [name for name in self.tasks if self.steps[name] >= self.by_id[name].config.train.steps]
+        if pack not in self.tasks:
+            for name in over[: max(0, len(self.tasks) - SHOWN + 1)]:
+                self.bars.remove_task(self.tasks.pop(name))
+            first = self.by_id[pack].members[0]
+            title = " ".join(f"{name} {value}" for name, value in short_axes(first.axes).items())
+            self.tasks[pack] = self.bars.add_task(f"  {title}", total=last, note="")
+        note = f"loss {loss:.4f}, {count(len(self.by_id[pack].members), 'member')}"
+        self.bars.update(self.tasks[pack], completed=self.steps[pack], note=note)
+
+    def analyzed(self, done: int, total: int) -> None:
+        """Members analysed so far."""
+        if self.console.is_terminal and done == 1:
+            self.total = self.bars.add_task("analysis", total=total, note="")
+        if self.console.is_terminal and self.total is not None:
+            self.bars.update(self.total, completed=done)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 member`, `2 members`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def show_plan(console: Console, sweep: Sweep, plan: Plan) -> None:
+    """The plan of a dry run."""
+    members = sum(len(pack.members) for pack in plan.packs)
+    console.print(
+        f"[bold]{escape(sweep.id)}[/bold]: {describe(plan.packs[0].config) if plan.packs else 'nothing to train'}"
+    )
+    table = Table("packs", "members each", *axis_titles(sweep), "steps", "ms a step", "minutes a pack")
+    for name in dict.fromkeys(map(shape_name, plan.packs)):
+        alike = [pack for pack in plan.packs if shape_name(pack) == name]
+        cost, first = plan.costs[name], alike[0]
+        values = short_axes(first.members[0].axes).values()
+        steps, minutes = f"{first.start:,}..{first.config.train.steps:,}", cost.seconds(first) / 60
+        table.add_row(
+            str(len(alike)), str(len(first.members)), *values, steps, f"{1000 * cost.step:.1f}", f"{minutes:.1f}"
+        )
+    console.print(table)
+    console.print(
+        f"{count(members, 'member')} to train ({plan.done:,} done), {count(len(plan.packs), 'pack')} on "
+        f"{count(plan.workers, 'worker')}: about {duration(plan.seconds)}, measured here on short trials;\n"
+        f"memory of the largest pack {size(plan.memory)} (a worker takes 0.5 GB before that), "
+        f"disk {size(plan.disk)}. Nothing was started."
+    )
+
+
+def axis_titles(sweep: Sweep) -> list[str]:
+    """Column titles for the sweep's axes."""
+    return list(short_axes({"model.width": 0, **sweep.axes}))
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3.2 min`, `5.0 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(number: float) -> str:
+    """`3.1 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def width_summary(widths: pd.DataFrame, relation: str, axes: Iterable[str]) -> Table:
+    """What emerged at each point of the sweep, for the relation that it is judged by."""
+    axes = list(axes)
+    table = Table(
+        *axes, "members", "heads", *STATUSES, "detectors a member", "level (90% interval)", "without detector"
+    )
+    for _, row in widths[widths["relation"] == relation].iterrows():
+        table.add_row(
+            *(f"{row[axis]:g}" if isinstance(row[axis], int | float) else str(row[axis]) for axis in axes),
+            *(str(row[name]) for name in ("members", "heads", *STATUSES)),
+            f"{row['detectors_per_member']:.1f}",
+            interval(row["level"], row["level_low"], row["level_high"]),
+            str(row["members_without_detector"]),
+        )
+    table.title = f"heads by status on relation {relation!r}; level: first step at twice uniform attention"
+    return table
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """`320 (280..366)`, or a dash."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.0f} ({low:.0f}..{high:.0f})" if math.isfinite(low) else f"{value:.0f}"
