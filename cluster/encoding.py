@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 from collections.abc import Mapping
@@ -12,6 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from sim import SYSTEMS
 from sim.system import System
 from train.config import require
+
+
+hints_of = functools.cache(get_type_hints)  # ten thousand configs of a handful of types
 
 
 def type_name(system: System) -> str:
@@ -25,7 +29,7 @@ def type_name(system: System) -> str:
 def encode(value: Any) -> Any:
     """JSON-able form of a config; a system carries its listed name as `type`. Numbers in float fields become floats."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = get_type_hints(type(value))
+        hints = hints_of(type(value))
         body = {
             item.name: _encode_field(getattr(value, item.name), hints[item.name]) for item in dataclasses.fields(value)
         }
@@ -52,7 +56,7 @@ def decode(kind: Any, value: Any, name: str = "config") -> Any:
         return decode(SYSTEMS[value["type"]], {key: item for key, item in value.items() if key != "type"}, name)
     if dataclasses.is_dataclass(kind):
         require(isinstance(value, Mapping), name, value, "a mapping of fields")
-        hints = get_type_hints(kind)
+        hints = hints_of(kind)
         for key in value:
             require_known(key, [item.name for item in dataclasses.fields(kind)], name)
         return kind(**{key: decode(hints[key], item, f"{name}.{key}") for key, item in value.items()})
@@ -104,7 +108,7 @@ def describe(kind: Any) -> str:
 
 def check(config: Any, prefix: str = "") -> None:
     """Raise ValueError by dotted field name where a value in a (nested) dataclass has a wrong type or is not finite."""
-    hints = get_type_hints(type(config))
+    hints = hints_of(type(config))
     for item in dataclasses.fields(config):
         value, kind, name = getattr(config, item.name), hints[item.name], prefix + item.name
         if dataclasses.is_dataclass(value):
@@ -118,7 +122,7 @@ def check(config: Any, prefix: str = "") -> None:
 
 def set_field(config: Any, values: Mapping[str, object], where: str) -> Any:
     """The dataclass with dotted fields replaced at once. ValueError by full name where one is unknown or wrong."""
-    hints = get_type_hints(type(config))
+    hints = hints_of(type(config))
     nested: dict[str, dict[str, object]] = {}
     plain: dict[str, object] = {}
     for name, value in values.items():

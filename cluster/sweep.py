@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import sim.pool
@@ -118,10 +119,7 @@ class Member:
     @property
     def group(self) -> str:
         """Equal for members that can share a pack."""
-        config = self.config
-        return digest(
-            [encode(part) for part in (config.system, config.data, config.model, shape_of(config.train), config.probe)]
-        )
+        return group_of(replace(self.config, train=shape_of(self.config.train), seed=0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,10 +203,21 @@ def replace_fields(config: Any, prefix: str, values: Mapping[str, object]) -> An
     return set_field(config, own, prefix) if own else config
 
 
+@functools.lru_cache(maxsize=4096)
+def group_of(config: MemberConfig) -> str:
+    """Digest of what members of one pack have in common."""
+    return digest(encode(config))
+
+
 def digest(value: object) -> str:
     """16 hexadecimal digits of a JSON-able value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _canonical_part(config: Any) -> dict[str, Any]:
+    return canonical(config)
 
 
 def canonical(config: Any) -> dict[str, Any]:
@@ -222,7 +231,7 @@ def canonical(config: Any) -> dict[str, Any]:
         value = getattr(config, item.name)
         if value != default:
             nested = hasattr(value, "__dataclass_fields__")
-            kept[item.name] = canonical(value) if nested else encoded[item.name]
+            kept[item.name] = _canonical_part(value) if nested else _encoded(encoded, config, item.name)
     if "type" in encoded:
         kept["type"] = encoded["type"]
     return kept

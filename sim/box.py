@@ -20,7 +20,7 @@ from sim.integrator import can_compile, compiled_advance, integrate
 
 STEPS_PER_CONTACT = 40
 COMPILE_ABOVE = 40_000_000
-"""Particle-steps from which compilation pays: 10-15 s of eager integration on one core, against 3-15 s to compile."""
+"""Particle-steps from which compiling pays: 13 s of eager integration on one core, against 3-10 s (30 s at first)."""
 
 
 def require(allowed: bool, name: str, value: object, condition: str) -> None:
@@ -138,7 +138,7 @@ class ParticleBox:
         integer: the step is shortened, never lengthened, until it divides the duration.
         A box's numbers do not depend on the other boxes of the call, to the last bit. Not differentiable.
 
-        compiled: None compiles (`torch.compile`, 3-15 s once per process, N and dtype) where that pays and works, and
+        compiled: None compiles (`torch.compile`, 3-10 s once per process, N and dtype) where that pays and works, and
         is eager otherwise; True compiles or raises; False never does. On x86 CPUs both gave the same bits.
         """
         shape, dtype = f"[B, {self.n}, 2]", positions.dtype

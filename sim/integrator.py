@@ -109,7 +109,7 @@ def compiled_advance(n: int, dtype: torch.dtype, device: torch.device, limit: bo
 def integrate(
     positions: Tensor, velocities: Tensor, constants: Tensor, steps: int, limit: bool, compiled: Advance | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions and velocities `[B, N, 2]` after `steps`, and bool `[B, N, N]`: which pairs overlapped before any of them.
+    """Positions and velocities `[B, N, 2]` after `steps`, and which pairs overlapped before any of them, `[B, N, N]`.
 
     A compiled kernel has one fixed size, so its last chunk repeats the last box.
     """
