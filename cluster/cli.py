@@ -117,7 +117,7 @@ def sweep_form(default: Sweep) -> tuple[Any, Any]:
     hidden = tyro.conf.Suppress[Mapping[str, Any]]
     annotations = {"system": type(default.system), "axes": hidden}
     body = {"__annotations__": annotations, "__module__": Sweep.__module__, "__doc__": "The sweep."}
-    kind = dataclass(frozen=True, kw_only=True)(
+    kind: Any = dataclass(frozen=True, kw_only=True)(
         type("SweepForm", (Sweep,), {**body, "system": default.system, "axes": field(default_factory=dict)})
     )
     options = tyro.conf.arg(name="")

@@ -61,7 +61,7 @@ def ray_cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
 
 def settle_resources(wanted: Resources) -> dict[str, float]:
     """What each trial asks for, and not more than the cluster can ever give on one node: ValueError otherwise."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     most = {name: max((node.get(name.upper(), 0.0) for node in nodes), default=0.0) for name in ("cpu", "gpu")}
     gpus = wanted.gpus if wanted.gpus is not None else min(1.0, most["gpu"])
     for name, asked in (("cpu", wanted.cpus), ("gpu", gpus)):
@@ -74,7 +74,7 @@ def settle_resources(wanted: Resources) -> dict[str, float]:
 
 def count_workers(resources: Mapping[str, float]) -> int:
     """How many trials the cluster can run at once."""
-    total = ray.cluster_resources()
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
     slots = [total.get(name.upper(), 0.0) / amount for name, amount in resources.items() if amount > 0]
     return max(1, int(min(slots, default=1)))
 

@@ -8,22 +8,13 @@ import functools
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from sim import SYSTEMS
+from sim import SYSTEMS, system_name
+from sim.checks import require
 from sim.system import System
-from train.config import require
-
 
 hints_of = functools.cache(get_type_hints)  # ten thousand configs of a handful of types
-
-
-def type_name(system: System) -> str:
-    """The name under which the system is listed in `sim.SYSTEMS`."""
-    for name, kind in SYSTEMS.items():
-        if type(system) is kind:
-            return name
-    raise ValueError(f"system: {type(system).__name__} is not listed; it must be one of {', '.join(SYSTEMS)}")
 
 
 def encode(value: Any) -> Any:
@@ -33,7 +24,9 @@ def encode(value: Any) -> Any:
         body = {
             item.name: _encode_field(getattr(value, item.name), hints[item.name]) for item in dataclasses.fields(value)
         }
-        return {"type": type_name(value), **body} if type(value) in SYSTEMS.values() else body
+        return (
+            {"type": system_name(cast(System, value)), **body} if isinstance(value, tuple(SYSTEMS.values())) else body
+        )
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
     return [encode(item) for item in value] if isinstance(value, tuple | list) else value
@@ -59,7 +52,7 @@ def decode(kind: Any, value: Any, name: str = "config") -> Any:
         hints = hints_of(kind)
         for key in value:
             require_known(key, [item.name for item in dataclasses.fields(kind)], name)
-        return kind(**{key: decode(hints[key], item, f"{name}.{key}") for key, item in value.items()})
+        return cast(Any, kind)(**{key: decode(hints[key], item, f"{name}.{key}") for key, item in value.items()})
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         return tuple(decode(get_args(kind)[0], item, name) for item in value)
     if get_origin(kind) is not None and get_origin(kind) not in (tuple, Literal, Union, types.UnionType):

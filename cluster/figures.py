@@ -6,7 +6,7 @@ Only matplotlib's object-oriented interface on the Agg canvas is used, so nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +95,7 @@ def plain(text: object) -> str:
 
 def on_axis(steps: Iterable[float]) -> Array:
     """Steps on a logarithmic axis: step 0 stands at 0.5, as in `probes.emergence`."""
-    return np.maximum(np.asarray(list(steps), dtype=float), STEP_ZERO)
+    return np.asarray(np.maximum(np.asarray(list(steps), dtype=float), STEP_ZERO))
 
 
 def count_text(value: float, _: int = 0) -> str:
@@ -162,9 +162,9 @@ def label_ends(ax: Axes, ends: Sequence[End], inches: float, head: str = "") -> 
 def head_colours(rows: pd.DataFrame) -> dict[HeadKey, str]:
     """A colour by (layer, head) from judged rows, strongest first: heads of a layer differ, all but 7 are grey."""
     colours: dict[HeadKey, str] = {}
-    for layer, group in rows.groupby("layer"):
-        kept = sorted(int(head) for head in group["head"].iloc[: len(COLOURS)])
-        colours |= {(int(layer), head): COLOURS[rank] for rank, head in enumerate(kept)}
+    for layer in sorted(set(rows["layer"].astype(int))):
+        kept = sorted(int(head) for head in rows.loc[rows["layer"] == layer, "head"].iloc[: len(COLOURS)])
+        colours |= {(layer, head): COLOURS[rank] for rank, head in enumerate(kept)}
     return colours
 
 
@@ -201,7 +201,11 @@ def draw_losses(runs: Sequence[Run], floors: Floors) -> Figure:
         ax.plot(x, run.figures["validation_loss"], color=colour, lw=1.5, alpha=0.9, label=name)
         named.add(run.label)
     ax.set_yscale("log")
-    known = {"mean target": floors.trivial, "best without attention": floors.without_attention, "optimum": floors.optimum}
+    known = {
+        "mean target": floors.trivial,
+        "best without attention": floors.without_attention,
+        "optimum": floors.optimum,
+    }
     for name, value in known.items():
         if value:
             ax.axhline(value, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=0)
@@ -304,14 +308,15 @@ def draw_distance(portraits: Sequence[Portrait], contact: float | None) -> Figur
         ax.axhline(1, color=INK, lw=0.9, zorder=0)
         if contact is not None:
             ax.axvline(contact, color=INK, lw=0.9, ls=(0, (1, 2)), zorder=0)
-            style = {"fontsize": 8, "color": INK, "va": "bottom"}
-            ax.annotate("contact", (contact, 0.0), (3, 3), ("data", "axes fraction"), "offset points", **style)
+            ax.annotate(
+                "contact", (contact, 0), (3, 3), ("data", "axes fraction"), "offset points", fontsize=8, color=INK
+            )
         ax.plot(r, g[0].reshape(-1, len(r)).T, color=GREY, lw=0.9, alpha=0.7)
         corr = mean_band(curve.values["corr"])[0][..., 0]
+        texts = {key: f"{signed(corr[0][key])} → {signed(corr[-1][key])}" for key in np.ndindex(corr.shape[1:])}
         _all_heads(
-            ax, r, np.clip(g[-1], 1e-9, None), error[-1], portrait, "head: corr(A, r), start → end",
-            lambda layer, head, corr=corr: f"{signed(corr[0, layer, head])} → {signed(corr[-1, layer, head])}",
-        )  # fmt: skip
+            ax, r, np.clip(g[-1], 1e-9, None), error[-1], portrait, "head: corr(A, r), start → end", texts
+        )
         ax.set_xlabel("distance r (length units of the system)", fontsize=9.5)
         ax.set_ylabel("attention over its mean, g(r)", fontsize=9.5)
     return figure
@@ -343,10 +348,9 @@ def draw_worth(portraits: Sequence[Portrait]) -> Figure:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0%}"))
         ax.axhline(0, color=GREY, lw=0.9, zorder=0)
         ax.axhline(LEAST_SHARE, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=0)
-        _all_heads(
-            ax, on_axis(curve.steps), np.moveaxis(share, 0, -1), np.moveaxis(error, 0, -1), portrait,
-            "head: worth at the end", lambda layer, head, share=share: f"{share[-1, layer, head]:,.0%}",
-        )  # fmt: skip
+        texts = {key: f"{share[-1][key]:,.0%}" for key in np.ndindex(share.shape[1:])}
+        values, errors = np.moveaxis(share, 0, -1), np.moveaxis(error, 0, -1)
+        _all_heads(ax, on_axis(curve.steps), values, errors, portrait, "head: worth at the end", texts)
         ax.set_ylabel("worth of looking (symlog scale)", fontsize=9.5)
     return figure
 
@@ -363,7 +367,7 @@ def _portrait_panels(portraits: Sequence[Portrait]) -> tuple[Figure, Sequence[Ax
 
 
 def _all_heads(
-    ax: Axes, x: Array, values: Array, errors: Array, portrait: Portrait, title: str, text: Callable[[int, int], str]
+    ax: Axes, x: Array, values: Array, errors: Array, portrait: Portrait, title: str, texts: Mapping[Any, str]
 ) -> None:
     """Lines `[L, H, X]` of all layers in one panel: the strongest heads coloured, dashed by layer, the rest pale."""
     judged = portrait.judged
@@ -380,5 +384,5 @@ def _all_heads(
         ax.plot(x, line, color=colour, lw=1.6, ls=dash, zorder=3)
         finite = line[np.isfinite(line)]
         end = finite[-1] if finite.size else ax.get_ylim()[0]
-        ends.append(End(end, f"{layer}.{head}: {text(layer, head)}", colour, detector[layer, head], dash))
+        ends.append(End(end, f"{layer}.{head}: {texts[layer, head]}", colour, detector[layer, head], dash))
     label_ends(ax, ends, 2.5, title)

@@ -1,4 +1,4 @@
-"""What a report says in words and tables: points along the axes, their numbers with intervals, and what to beware of."""
+"""What a report says in words and tables: points along the axes, numbers with intervals, and what to beware of."""
 
 from __future__ import annotations
 
@@ -141,6 +141,18 @@ def planned(sweep: Sweep) -> int:
     return len(sweep.widths) * math.prod(len(values) for values in sweep.axes.values()) * sweep.seeds
 
 
+def trained_line(sweep: Sweep) -> str:
+    """The shape of the models and their training, as far as it is the same for all members."""
+    parts = {
+        "model.layers": plural(sweep.model.layers, "layer"),
+        "model.heads": f"{plural(sweep.model.heads, 'head')} a layer" if sweep.model.heads else "",
+        "model.head_dim": f"heads of size {sweep.model.head_dim}" if sweep.model.head_dim else "",
+        "train.steps": f"{sweep.train.steps:,} steps of {sweep.train.optimizer}",
+        "train.batch_size": f"batches of {sweep.train.batch_size:,}",
+    }
+    return ", ".join(text for name, text in parts.items() if text and name not in sweep.axes)
+
+
 def outcome_line(sweep: Sweep, analysis: Analysis) -> str:
     """How many members finished, diverged, failed, and are still to come."""
     table = analysis.members
@@ -161,9 +173,13 @@ def point_line(point: Point, relation: str) -> str:
     if not finished:
         return "no member finished."
     if not having:
-        start = f"no detector of “{relation}” in {'the one member' if finished == 1 else f'any of {finished:,} members'}"
+        start = (
+            f"no detector of “{relation}” in {'the one member' if finished == 1 else f'any of {finished:,} members'}"
+        )
     else:
-        start = f"{having:,} of {plural(finished, 'member')} {'has' if having == 1 else 'have'} a detector of “{relation}”"
+        start = (
+            f"{having:,} of {plural(finished, 'member')} {'has' if having == 1 else 'have'} a detector of “{relation}”"
+        )
         level = point.figures.get("level", math.nan)
         low, high = (step_text(point.figures.get(name)) for name in ("level_low", "level_high"))
         spread = f"90% interval {low}–{high}, {plural(having, 'member')}" if DASH not in (low, high) else "one member"
@@ -264,7 +280,10 @@ def width_rows(sweep: Sweep, analysis: Analysis) -> Table:
         table = table.loc[(table["relation"] != sweep.system.relation).sort_values(kind="stable").index]
     rows = [
         [
-            *(str(row[name]) for name in [*axes, "relation", "members", "members_without_detector", "heads", *STATUSES]),
+            *(
+                str(row[name])
+                for name in [*axes, "relation", "members", "members_without_detector", "heads", *STATUSES]
+            ),
             f"{number_text(row['share_risen'], '.0%')} ({number_text(row['share_low'], '.0%')}–"
             f"{number_text(row['share_high'], '.0%')})",
             interval_text(row, "level", "level_low", "level_high"),
@@ -293,7 +312,9 @@ def member_rows(sweep: Sweep, analysis: Analysis) -> Table:
         ]
         for row in table.head(FEW_ROWS).to_dict("records")
     ]
-    return Table(title="Finished members", columns=columns, rows=rows, note=more(len(table), len(rows), "members.parquet"))
+    return Table(
+        title="Finished members", columns=columns, rows=rows, note=more(len(table), len(rows), "members.parquet")
+    )
 
 
 def lost_rows(sweep: Sweep, analysis: Analysis) -> Table:

@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.encoding import type_name
 from cluster.pack import PackRun, build_probes, make_pool
 from cluster.sweep import MemberConfig, Pack, part_sizes
+from sim import system_name
 from train.loop import State
 from train.model import count_parameters, tensor_specs
 
@@ -164,6 +164,6 @@ def describe(config: MemberConfig) -> str:
     """One line on what is trained."""
     model, train = config.model, config.train
     return (
-        f"{type_name(config.system)}; {model.layers} layers x {model.n_heads} heads, {train.steps:,} steps of "
+        f"{system_name(config.system)}; {model.layers} layers x {model.n_heads} heads, {train.steps:,} steps of "
         f"{train.batch_size} at {train.learning_rate:g} ({train.optimizer}, {train.precision})"
     )

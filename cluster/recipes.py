@@ -19,7 +19,7 @@ def quick() -> Sweep:
         name="quick",
         widths=(16, 32),
         seeds=4,
-        data=DataConfig(rows=32768),
+        data=DataConfig(rows=16384),
         model=ModelConfig(layers=2, heads=4),
         train=TrainConfig(steps=4000, batch_size=32, learning_rate=1e-3),
     )

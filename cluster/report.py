@@ -22,12 +22,11 @@ from cluster.analysis import CONFIDENCE, DETECTOR_LIFT, Analysis
 from cluster.encoding import encode
 from cluster.figures import COLOURS, Portrait, Run
 from cluster.findings import Point, evenly
-from cluster.picture import draw_box, make_scene
+from cluster.picture import LEAST_WEIGHT, draw_box, make_scene
 from cluster.sweep import Sweep, replace_fields
 from cluster.widths import draw_widths, level_spots, t50_spots
 from probes.ablation import LEAST_SHARE
 from probes.emergence import LEVEL_LIFT, START_LIFT
-from train.config import require
 
 PANELS = 24
 FIXED_PANELS = 7  # losses 1, times against width 4, box 2
@@ -77,7 +76,7 @@ def write_report(
     links: Mapping[str, str],
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write `report.html` and its PNGs into `folder`, in place of an older report, all at once; returns the page's path.
+    """Write `report.html` and its PNGs into `folder`, in place of an older report, all at once; returns the page.
 
     load: tables of a finished member by run id; called for at most 12 members. links: label -> address or command.
     ValueError if the folder holds anything but a report.
@@ -125,7 +124,7 @@ class Shown:
 
 
 def choose(points: Sequence[Point], portraits: int) -> list[tuple[Point, dict[str, Any]]]:
-    """Members to load: the representatives of `portraits` points first, then others of all points in turn, 12 in all."""
+    """Members to load, 12 at most: representatives of `portraits` points first, then others of all points in turn."""
     chosen = [(point, point.representative) for point in evenly(points, portraits)]
     seen = {row["run_id"] for _, row in chosen}
     crowd = evenly(points, MEMBERS)
@@ -138,7 +137,9 @@ def choose(points: Sequence[Point], portraits: int) -> list[tuple[Point, dict[st
     return chosen
 
 
-def fetch(points: Sequence[Point], analysis: Analysis, relation: str, layers: int, load: Callable[[str], MemberData]) -> Shown:
+def fetch(
+    points: Sequence[Point], analysis: Analysis, relation: str, layers: int, load: Callable[[str], MemberData]
+) -> Shown:
     """Load what is shown: as many portraits as their panels leave room for."""
     count = max(1, (PANELS - FIXED_PANELS) // (2 + layers))
     portraits, runs = [], []
@@ -147,7 +148,11 @@ def fetch(points: Sequence[Point], analysis: Analysis, relation: str, layers: in
         data = load(str(row["run_id"]))
         runs.append(Run(point.label, ranks[point.label], data.figures))
         if number < min(count, len(points)):
-            own = analysis.heads[analysis.heads["member_id"] == row["member_id"]] if len(analysis.heads) else analysis.heads
+            own = (
+                analysis.heads[analysis.heads["member_id"] == row["member_id"]]
+                if len(analysis.heads)
+                else analysis.heads
+            )
             portrait = Portrait(
                 label=point.label, seed=int(row["seed"]), relation=relation, curves=data.curves, heads=own
             )
@@ -171,7 +176,14 @@ def render(
     layers = sorted(int(layer) for layer in by_layer.nlargest(LAYERS).index)
     shown = fetch(settled, analysis, relation, len(layers), load)
     drawing = Drawing(folder=folder, sweep=sweep, points=settled, shown=shown)
-    sections = [drawing.losses(), drawing.box(), drawing.heads(layers), drawing.law(), drawing.distance(), drawing.worth()]
+    sections = [
+        drawing.losses(),
+        drawing.box(),
+        drawing.heads(layers),
+        drawing.widths(),
+        drawing.distance(),
+        drawing.worth(),
+    ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -184,6 +196,8 @@ def render(
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         system=type(sweep.system).__name__,
+        about=(type(sweep.system).__doc__ or "").partition("\n\n")[0],
+        trained=say.trained_line(sweep),
         relation=relation,
         outcome=say.outcome_line(sweep, analysis),
         lines=lines,
@@ -226,30 +240,31 @@ class Drawing:
     def _who(self) -> str:
         """Which members stand for the points, and which points are left out."""
         shown = [point.label for point, _, _ in self.shown.portraits]
-        left = len(self.points) - len(shown)
-        return (
+        words = (
             "Each point is shown by one member: the one of median level among those with a detector (the first seed "
             "where no member has one)."
-            + (f" {left:,} of {len(self.points):,} points are not drawn; shown are {'; '.join(shown)}." if left else "")
         )
+        if len(shown) == len(self.points):
+            return words
+        return f"{words} Of {len(self.points):,} points {len(shown)} are drawn, evenly chosen: {'; '.join(shown)}."
 
     def losses(self) -> Section:
         """Learning curves."""
         section = Section(
             title="Losses",
-            text="What the models learn, before asking how. A plateau followed by a fall is where structure forms.",
+            text="What the models learn, before asking how. Look for a fall in the loss where heads begin to look.",
         )
         if not self.shown.runs:
             section.missing = "No member has finished, so there are no losses to draw."
             return section
-        total = sum(len(point.finished) for point in self.points)
-        part = f"{len(self.shown.runs)} of {total:,} finished members" if total > len(self.shown.runs) else "All members"
+        total, count = sum(len(point.finished) for point in self.points), len(self.shown.runs)
         caption = (
-            f"{part}. Lines: loss on held-out examples; dots: mean training loss since the last probe. "
-            "Dashed: losses of reference predictors, where the system knows them."
+            f"{f'{count} of {total:,}' if total > count else 'All'} finished members. Lines: loss on held-out examples; "
+            "dots: mean training loss since the last probe. Dashed: losses of reference predictors, where the system "
+            "knows them."
         )
         figure = figures.draw_losses(self.shown.runs, self.sweep.system.floors())
-        section.pictures = [self.picture("losses", figure, caption, "Validation and training loss against step")]
+        section.pictures = [self.picture("losses", figure, caption, "Held-out and training loss against step")]
         return section
 
     def box(self) -> Section:
@@ -257,18 +272,18 @@ class Drawing:
         relation = self.sweep.system.relation
         section = Section(
             title="What a head looks at",
-            text=f"One example, drawn afresh, and one head: where every token's attention goes before training and "
+            text="One example, drawn afresh, and one head: where every token's attention goes before training and "
             f"after. Tokens related by “{relation}” are joined by a yellow band.",
         )
-        detectors = [
-            (row["lift_peak"], number, int(row["layer"]), int(row["head"]))
+        found = [
+            (row["lift_end"], number, int(row["layer"]), int(row["head"]))
             for number, (_, portrait, _) in enumerate(self.shown.portraits)
             for row in (portrait.judged[portrait.judged["detector"]].to_dict("records") if len(portrait.heads) else ())
         ]
-        if not detectors:
-            section.missing = f"No member drawn here has a detector of “{relation}”, so there is no head to look through."
+        if not found:
+            section.missing = f"No member shown here has a detector of “{relation}”: there is no head to look through."
             return section
-        _, number, layer, head = max(detectors)
+        _, number, layer, head = max(found)
         point, portrait, data = self.shown.portraits[number]
         if not data.weights:
             section.missing = "The member's weights were not kept, so its attention cannot be worked out again."
@@ -276,50 +291,48 @@ class Drawing:
         scene = make_scene(*self._models(point), data.weights, (layer, head), relation)
         if scene is None:
             section.missing = (
-                f"A picture needs positions in the plane and a pair related by “{relation}”; this system's examples "
+                f"A picture needs positions in the plane and a pair related by “{relation}”; examples of this system "
                 "offer none."
             )
             return section
+        who = f"head {layer}.{head} (layer.head) of {portrait.label}, seed {portrait.seed}"
         caption = (
-            f"Head {layer}.{head} (layer.head) of {portrait.label}, seed {portrait.seed}: the strongest detector among "
-            "the members drawn below. Every line runs from the token that looks, where it is thick, to the one looked "
-            "at, where it is thin, and bends to the left; width and opacity grow with the attention weight, on one "
-            "scale in both panels. Weights below 2% and attention to oneself are not drawn. The example was picked "
-            "for its related pairs, before any attention was known."
+            f"Of the members shown below, the detector with the highest lift at the end: {who}. Lines run from the token "
+            "that looks, where they are thick, to the one looked at, where they are thin, and bend to the left; width "
+            "and opacity grow with the attention weight, on one scale for both panels. The dark core of a disc is its "
+            f"attention to itself. Weights below {LEAST_WEIGHT:.0%} are left out. The example was picked for its related "
+            "pairs, before any attention was known; the percentages are of this example alone."
         )
-        alt = f"Attention of head {layer}.{head} in one example, at the first and last kept step"
-        section.pictures = [self.picture("box", draw_box(scene), caption, alt)]
+        figure = draw_box(scene, who.replace(" (layer.head)", ""))
+        section.pictures = [self.picture("box", figure, caption, f"Attention of {who} in one example, early and late")]
         return section
 
     def _models(self, point: Point) -> tuple[Any, Any]:
         """The system and the model at a point; its values as plain numbers and under their full names."""
         values = (value.item() if isinstance(value, np.generic) else value for value in point.values.values())
         axes = dict(zip(("model.width", *self.sweep.axes), values, strict=True))
-        system, model = replace_fields(self.sweep.system, "system", axes), replace_fields(self.sweep.model, "model", axes)
-        return system, model
+        return replace_fields(self.sweep.system, "system", axes), replace_fields(self.sweep.model, "model", axes)
 
     def heads(self, layers: Sequence[int]) -> Section:
         """Lift curves, layer by layer."""
-        section = Section(
-            title="Heads, layer by layer",
-            text="When each head turned to related tokens. " + self._who(),
-        )
+        section = Section(title="Heads, layer by layer", text=f"When each head turned to related tokens. {self._who()}")
         if not self.portraits:
             section.missing = "No finished member has a head measured on the judged relation."
             return section
+        caption = (
+            "Lift over training, smoothed over three probe steps; band: two standard errors over the replicates of the "
+            f"probe set, often thinner than the line. Dashed: lift {LEVEL_LIFT:g}; a ring marks a head's level there, the "
+            "bar through it the interval. Names give the status; bold names and lines are detectors."
+        )
         relations = self._relations(len(layers))
         for point, portrait, _ in self.shown.portraits:
             if portrait not in self.portraits:
                 continue
-            caption = (
-                f"{portrait.label}, seed {portrait.seed}. Lift over training, smoothed over three probe steps as for the "
-                f"times; band: two standard errors over the replicates of the probe set. Dashed: lift {LEVEL_LIFT:g}; a "
-                "ring marks a head's level there, the bar through it the interval. Bold names are detectors; names give "
-                f"the status. In grey: heads beyond the {len(COLOURS)} strongest of a layer."
-            )
+            busy = portrait.judged.groupby("layer").size().max() > len(COLOURS)
+            words = f" Grey: all but the {len(COLOURS)} strongest heads of a layer." if busy else ""
             figure = figures.draw_heads(portrait, relations, layers)
-            alt = f"Lift of every head against step, {portrait.label}"
-            section.pictures.append(self.picture(f"heads_{point.slug}", figure, caption, alt))
+            name, alt = f"heads_{point.slug}", f"Lift of every head against step, {portrait.label}"
+            section.pictures.append(self.picture(name, figure, f"{portrait.label}. {caption}{words}", alt))
         return section
 
     def _relations(self, layers: int) -> list[str]:
@@ -327,29 +340,30 @@ class Drawing:
         judged, count = self.sweep.system.relation, len(self.portraits)
         left = PANELS - FIXED_PANELS - count * (2 + layers)
         common = set.intersection(*(set(portrait.heads["relation"]) for portrait in self.portraits))
-        return [judged, *sorted(common - {judged})[: left // max(count * layers, 1)]]
+        return [judged, *sorted(common - {judged})[: left // (count * layers)]]
 
-    def law(self) -> Section:
+    def widths(self) -> Section:
         """Times against width."""
         section = Section(
             title="Level and t50 against width",
             text="Whether heads emerge, and when they do, are two questions: the strips on top answer the first, the "
             "panels below the second. No law is fitted here.",
         )
-        names = evenly(list(dict.fromkeys(point.series for point in self.points)), len(COLOURS))
+        series = list(dict.fromkeys(point.series for point in self.points))
+        names = evenly(series, len(COLOURS))
         points = [point for point in self.points if point.series in names]
         if not any(len(point.heads) for point in points):
             section.missing = "No finished member has measured heads, so there are no times to draw."
             return section
-        last = max(float(point.finished["last_step"].max()) for point in points)
-        left = len({point.series for point in self.points}) - len(names)
         caption = (
-            "Left: of every member the level of its best detector. Right: of every member the geometric mean of t50 over "
-            "its risen heads; triangles are lower bounds (some head was still growing). Open marks are members; diamonds "
-            f"their geometric means with {CONFIDENCE:.0%} intervals (Student t over members in log time; none for a single "
-            "member). Arrows count members that never got there. Strips: shares, with counts, of members that have a "
-            "detector (left) and of heads by status (right)." + (f" {left} further series are not drawn." if left else "")
+            "Left: of every member the level of its best detector. Right: of every member the geometric mean of t50 "
+            "over its risen heads; a triangle is a lower bound, as some head was still growing. Open marks are members; "
+            f"diamonds their geometric means with {CONFIDENCE:.0%} intervals (Student t over members in log time; none "
+            "for a single member). Arrows count members that never got there. Strips: members that have a detector "
+            "(left) and heads by status (right)."
+            + (f" Of {len(series):,} series {len(names)} are drawn, evenly chosen." if len(series) > len(names) else "")
         )
+        last = max(float(point.finished["last_step"].max()) for point in points)
         figure = draw_widths(level_spots(points), t50_spots(points), last)
         section.pictures = [self.picture("widths", figure, caption, "Level and t50 against width with intervals")]
         return section
@@ -358,21 +372,20 @@ class Drawing:
         """Attention by distance."""
         section = Section(
             title="Attention and distance",
-            text="Is looking at related tokens just looking at close ones? g(r) is the attention paid at distance r over "
-            "the mean; 1 everywhere means that distance plays no part.",
+            text="Is looking at related tokens just looking at close ones? g(r) is the attention paid at distance r "
+            "over the mean; 1 everywhere means that distance plays no part.",
         )
         portraits = [portrait for portrait in self.portraits if portrait.curve("distance") is not None]
         if not portraits:
-            section.missing = "This system has no distances between tokens, or they were not measured."
+            section.missing = "There are no distances between tokens in this system, or they were not measured."
             return section
-        box = getattr(self.sweep.system, "box", None)
-        contact = 2 * box.radius if hasattr(box, "radius") else None
         caption = (
-            f"Grey: all heads at the start. At the end: the {figures.NAMED} strongest heads in colour with two standard "
-            "errors over replicates (solid: layer 0, dashed: layer 1, …), the others pale. corr: correlation of attention "
-            "and distance over pairs, start → end."
+            f"Grey: every head at the first probe. Colours: at the end, the {figures.NAMED} heads of highest peak lift, "
+            "coloured as above, solid in layer 0, dashed in layer 1, and so on, with two standard errors over "
+            "replicates; other heads pale. Bold: detectors. corr(A, r): correlation of attention and distance over pairs."
         )
-        figure = figures.draw_distance(portraits, contact)
+        radius = getattr(getattr(self.sweep.system, "box", None), "radius", None)
+        figure = figures.draw_distance(portraits, None if radius is None else 2 * radius)
         section.pictures = [self.picture("distance", figure, caption, "Attention by distance, start and end")]
         return section
 
@@ -380,18 +393,18 @@ class Drawing:
         """Ablations over training."""
         section = Section(
             title="What the looking is worth",
-            text="A head may look at the right tokens and be useless. Here each head's attention is made uniform, the rest "
-            "left as trained, and the rise in loss is given as a share of all that attention saves this model.",
+            text="A head may look at the right tokens and be useless. Here each head's attention is made uniform, the "
+            "rest left as trained, and the rise in loss is given as a share of all that attention saves this model.",
         )
         portraits = [portrait for portrait in self.portraits if portrait.curve("ablation") is not None]
         if not portraits:
             section.missing = "Ablations were not measured."
             return section
         caption = (
-            f"The same members and colours as above. Dashed: {LEAST_SHARE:.0%}, above which a head matters if two standard "
-            "errors agree. Above 100%: without this head's looking the model does worse than without any attention. Nothing "
-            "is drawn while attention saves nothing yet."
+            f"The same members, heads and colours. Dashed: {LEAST_SHARE:.0%}; a head matters if its worth is surely "
+            "above. Over 100%: a model that loses this head's looking does worse than one that never had attention, as "
+            "the rest has come to rely on it. Drawn once attention saves a tenth of what it saves at its best."
         )
         figure = figures.draw_worth(portraits)
-        section.pictures = [self.picture("worth", figure, caption, "Share of what attention saves, by head, over training")]
+        section.pictures = [self.picture("worth", figure, caption, "Worth of each head's looking over training")]
         return section

@@ -58,6 +58,8 @@ class ObjectStore:
 
     def put(self, name: str, content: bytes) -> None:
         """Write whole or not at all."""
+        if self._files.type_name == "local":
+            self._files.create_dir(f"{self._root}/{name}".rpartition("/")[0], recursive=True)
         with self._files.open_output_stream(f"{self._root}/{name}") as stream:
             stream.write(content)
 
@@ -81,4 +83,6 @@ class ObjectStore:
 
 def open_store(url: str | Path) -> Files:
     """The store at a path or URL."""
+    if str(url).startswith("file://"):
+        return FolderStore(str(url).removeprefix("file://"))
     return ObjectStore(str(url)) if "://" in str(url) else FolderStore(url)

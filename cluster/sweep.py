@@ -13,10 +13,11 @@ from typing import Any
 import sim.pool
 import train.loop
 from cluster.encoding import check, encode, set_field
+from sim.checks import require
 from sim.generator import key_of
 from sim.particles import ParticleSystem
 from sim.system import Part, System
-from train.config import ModelConfig, TrainConfig, require
+from train.config import ModelConfig, TrainConfig
 from train.loop import probe_steps, shape_of
 
 PROBES_VERSION = 1  # raised when a fix changes the numbers that probes write
@@ -231,7 +232,7 @@ def canonical(config: Any) -> dict[str, Any]:
         value = getattr(config, item.name)
         if value != default:
             nested = hasattr(value, "__dataclass_fields__")
-            kept[item.name] = _canonical_part(value) if nested else _encoded(encoded, config, item.name)
+            kept[item.name] = _canonical_part(value) if nested else encoded[item.name]
     if "type" in encoded:
         kept["type"] = encoded["type"]
     return kept
@@ -260,7 +261,7 @@ def validate(sweep: Sweep) -> tuple[Member, ...]:
     """The members of a sweep whose every field has its type and an allowed value; ValueError by name otherwise."""
     check(sweep)
     members = sweep.members()
-    for config in {member.id: member.config for member in members}.values():
+    for config in {replace(member.config, seed=0) for member in members}:
         check(config)
     return members
 

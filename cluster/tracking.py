@@ -33,8 +33,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 
-from cluster.encoding import encode, type_name
+from cluster.encoding import encode
 from cluster.sweep import Member, Pack, Sweep
+from sim import system_name
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table of a new store
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -255,7 +256,7 @@ def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
             KIND: "sweep",
             "sweep": sweep.name,
             "sweep_id": sweep.id,
-            "system": type_name(sweep.system),
+            "system": system_name(sweep.system),
             "code_version": code_version(),
         }
         parent = client.create_run(experiment, tags=tags, run_name=sweep.id)
@@ -297,7 +298,7 @@ def member_tags(member: Member, pack: Pack, place: Place, device: str) -> dict[s
         **short_axes(member.axes),
         "seed": str(config.seed),
         "member_id": member.id,
-        "system": type_name(config.system),
+        "system": system_name(config.system),
         "code_version": code_version(),
         "device": device,
         "precision": config.train.precision,

@@ -138,13 +138,13 @@ class TrialSink:
         if self.restored is not None:
             curves = self.restored[1]
             for t, step in enumerate(curves.figure_steps):
-                figures = {name: curves.figures[name][t] for name in LIVE if name in curves.figures}
+                figures = live({name: values[t] for name, values in curves.figures.items()})
                 self.runs.point(step, int(curves.figure_times[t][0] * 1000), figures)
         return self.restored
 
     def progress(self, step: int, figures: Figures) -> None:
         """Points for MLflow; every second or so a report to the driver."""
-        self.runs.point(step, int(time.time() * 1000), {name: figures[name] for name in LIVE if name in figures})
+        self.runs.point(step, int(time.time() * 1000), live(figures))
         losses = figures["train_loss"][np.isfinite(figures["train_loss"])]
         self.loss = float(losses.mean()) if losses.size else float("nan")
         if self.flush.due():
@@ -167,7 +167,9 @@ class TrialSink:
             self.runs.finish(index, files, diverged[index])
 
 
-LIVE = ("train_loss", "validation_loss")  # the figures that MLflow shows while a member trains
+def live(figures: Figures) -> dict[str, list[float]]:
+    """The figures that MLflow shows while a member trains."""
+    return {name: figures[name].tolist() for name in ("train_loss", "validation_loss") if name in figures}
 
 
 def to_parquet(columns: Columns) -> bytes:

@@ -128,5 +128,9 @@ class Probe(Protocol):
     def columns(self) -> tuple[str, ...]:
         """Names of the values measured."""
 
+    @property
+    def relations(self) -> tuple[str, ...]:
+        """The Q names along the relation axis."""
+
     def measure(self, view: View) -> Measurement:
         """Measure. Does not change the view; holds nothing from one call to the next."""

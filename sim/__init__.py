@@ -7,3 +7,10 @@ from sim.system import System
 
 SYSTEMS: dict[str, type[System]] = {"particles": ParticleSystem}
 """The systems by name: the one place that lists them."""
+
+
+def system_name(system: System) -> str:
+    """The name of a system's class in `SYSTEMS`, or where the class is defined if it is not listed."""
+    kind = type(system)
+    listed = [name for name, known in SYSTEMS.items() if known is kind]
+    return listed[0] if listed else f"{kind.__module__}.{kind.__qualname__}"

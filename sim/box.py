@@ -16,23 +16,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from sim.checks import require, require_number
 from sim.integrator import can_compile, compiled_advance, integrate
 
 STEPS_PER_CONTACT = 40
 COMPILE_ABOVE = 40_000_000
 """Particle-steps from which compiling pays: 13 s of eager integration on one core, against 3-10 s (30 s at first)."""
-
-
-def require(allowed: bool, name: str, value: object, condition: str) -> None:
-    """Raise a ValueError of one line unless `allowed`: the field, its value, what it must be."""
-    if not allowed:
-        raise ValueError(f"{name}: {value!r} is not allowed; it must be {condition}")
-
-
-def require_number(name: str, value: object) -> None:
-    """Require a finite real number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    require(number, name, value, "a finite number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

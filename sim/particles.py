@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sim.box import Motion, ParticleBox, require, require_number
+from sim.box import Motion, ParticleBox
+from sim.checks import require, require_number
 from sim.generator import Generator
 from sim.system import Batch, Floors, Part, Predict, Rows, exclude_self, gather_keys, gather_pairs, mean_square_loss
 
@@ -80,28 +81,39 @@ class ParticleSystem:
         return math.floor(self.restart / self.horizon + 1e-9)
 
     def rows(self, part: Part, n: int, generator: Generator) -> Rows:
-        """`n` shuffled rows: state, change `[n, N, 4]`; overlapped bool `[n, N, N]` for validation and probe.
+        """`n` shuffled rows: state, change `[n, N, 4]`; overlapped bool `[n, N, N]` for validation and probe; for
+        validation also future `[n, horizons, N, 2]`, the positions after `ROLLOUT_HORIZONS`.
 
-        A trajectory gives up to `rows_per_trajectory` of them; parts draw their trajectories from streams of their own.
+        A trajectory gives up to `rows_per_trajectory` of them, but only one for the probe, whose rows are compared as
+        independent; parts draw their trajectories from streams of their own.
         """
         require(n >= 1, "n", n, "at least 1")
-        stream = generator.fold(part)
-        trajectories = math.ceil(n / self.rows_per_trajectory)
-        start = self._place(stream.fold("positions"), trajectories)
-        speed = self.speed * stream.fold("velocities").normal(trajectories, self.box.n, 2)
+        stream, length = generator.fold(part), self.rows_per_trajectory
+        trajectories = n if part == "probe" else math.ceil(n / length)
+        later = max(ROLLOUT_HORIZONS) - 1 if part == "validation" else 0
+        along, overlapped = self._trajectories(trajectories, length + later, stream)
+        columns = {"state": along[:, :length], "change": along.diff(dim=1)[:, :length]}
+        if part != "train":  # every training step would gather it for nothing
+            columns["overlapped"] = overlapped[:, :length]
+        if part == "validation":
+            columns["future"] = torch.stack([along[:, h : h + length, :, :2] for h in ROLLOUT_HORIZONS], 2)
+        order = stream.fold("order").permutation(trajectories * length)[:n]
+        if part == "probe":
+            order = torch.arange(n, device=order.device) * length + stream.fold("time").integers(length, n)
+        return Rows(columns={name: value.flatten(0, 1)[order] for name, value in columns.items()})
+
+    def _trajectories(self, count: int, horizons: int, stream: Generator) -> tuple[Tensor, Tensor]:
+        """States `[count, horizons + 1, N, 4]` from fresh starts; which pairs overlap, `[count, horizons, N, N]`."""
+        start = self._place(stream.fold("positions"), count)
+        speed = self.speed * stream.fold("velocities").normal(count, self.box.n, 2)
         states, overlapped = [torch.cat((start, speed), -1)], []
-        work = self.rows_per_trajectory * self.box.steps(self.horizon)[0] * trajectories * self.box.n
+        work = horizons * self.box.steps(self.horizon)[0] * count * self.box.n
         compiled = self.box.compiles_for(work, start.dtype, start.device)
-        for _ in range(self.rows_per_trajectory):
+        for _ in range(horizons):
             motion = self.box.simulate(states[-1][..., :2], states[-1][..., 2:], self.horizon, compiled=compiled)
             states.append(torch.cat((motion.positions, motion.velocities), -1))
             overlapped.append(motion.overlapped)
-        along = torch.stack(states, 1)  # [trajectory, time, N, 4]
-        columns = {"state": along[:, :-1], "change": along.diff(dim=1)}
-        if part != "train":  # every training step would gather it for nothing
-            columns["overlapped"] = torch.stack(overlapped, 1)
-        order = stream.fold("order").permutation(trajectories * self.rows_per_trajectory)[:n]
-        return Rows(columns={name: value.flatten(0, 1)[order] for name, value in columns.items()})
+        return torch.stack(states, 1), torch.stack(overlapped, 1)
 
     def _place(self, generator: Generator, boxes: int) -> Tensor:
         """Positions without overlap, `[boxes, N, 2]`; each box has its own stream and starts anew where it jams."""
@@ -178,7 +190,7 @@ class ParticleSystem:
         return Floors(trivial=1.0)
 
     def diagnose(self, predict: Predict, rows: Rows, generator: Generator) -> dict[str, Tensor]:
-        """Errors in physical terms, `[...]` per member; rows with `overlapped`.
+        """Errors in physical terms, `[...]` per member; of validation rows.
 
         loss_colliding, loss_free: loss over discs that overlap / do not overlap another disc within the horizon (NaN
         where there are none); energy_error: rms error of a box's energy after one horizon over its mean kinetic energy;
@@ -207,14 +219,12 @@ class ParticleSystem:
 
     def _rollout_errors(self, predict: Predict, rows: Rows) -> dict[str, Tensor]:
         figures, state = rows.statistics, rows.columns["state"]
-        positions, velocities = state[..., :2], state[..., 2:]
         errors = {}
         for horizon in range(1, max(ROLLOUT_HORIZONS) + 1):
-            motion = self.box.simulate(positions, velocities, self.horizon)
-            positions, velocities = motion.positions, motion.velocities
             batch = self._batch(state, torch.zeros_like(state), Rows(columns={}, statistics=figures))
             state = state + predict(batch) * figures["change_deviation"] + figures["change_mean"]
             if horizon in ROLLOUT_HORIZONS:
-                off = (state[..., :2] - positions).square().sum(-1).mean((-1, -2)).sqrt()
+                true = rows.columns["future"][:, ROLLOUT_HORIZONS.index(horizon)]
+                off = (state[..., :2] - true).square().sum(-1).mean((-1, -2)).sqrt()
                 errors[f"rollout_position_error_{horizon}"] = off / self.box.width
         return errors

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sim import SYSTEMS
+from sim import system_name
 from sim.generator import Generator
 from sim.system import PARTS, Part, Rows, System
 
@@ -26,13 +26,6 @@ RESULTS_VERSION = 1
 """Raised when a fix changes the numbers of a pool."""
 
 Arrays = dict[str, NDArray[np.generic]]
-
-
-def system_name(system: System) -> str:
-    """The name of a system's class in `SYSTEMS`, or where the class is defined if it is not listed."""
-    kind = type(system)
-    listed = [name for name, known in SYSTEMS.items() if known is kind]
-    return listed[0] if listed else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def digest_of(system: System, seed: int, sizes: Mapping[Part, int]) -> str:

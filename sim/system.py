@@ -126,7 +126,7 @@ class System(Protocol):
         """Losses of reference predictors, where known."""
 
     def diagnose(self, predict: Predict, rows: Rows, generator: Generator) -> dict[str, Tensor]:
-        """System-level figures (rollout error, score error, ...), each `[...]`: one per leading member of `predict`."""
+        """System-level figures (rollout error, score error, ...) on validation rows, `[...]`: one per member."""
 
 
 def mean_square_loss(prediction: Tensor, batch: Batch) -> Tensor:

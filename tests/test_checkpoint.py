@@ -133,7 +133,8 @@ def test_an_interrupted_write_leaves_the_old_content(tmp_path, monkeypatch):
 
 def test_open_store_tells_paths_from_urls(tmp_path):
     assert isinstance(open_store(tmp_path), FolderStore)
-    assert isinstance(open_store(tmp_path.as_uri()), ObjectStore)
+    assert open_store(tmp_path.as_uri()).root == tmp_path
+    assert isinstance(open_store("s3://bucket/sweeps?region=eu-west-1"), ObjectStore)
 
 
 def test_manifests_are_plain_json(tmp_path):

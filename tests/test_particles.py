@@ -136,7 +136,7 @@ def exact(statistics):
 
 def test_figures_of_the_exact_predictor(pool):
     """Zero but for rounding, which collisions amplify along a rollout."""
-    rows = pool.parts["probe"].take(slice(16))
+    rows = pool.parts["validation"].take(slice(16))
     figures = SYSTEM.diagnose(exact(rows.statistics), rows, Generator.of("none"))
     assert {name for name in figures if name.startswith("rollout")} == {
         f"rollout_position_error_{horizon}" for horizon in (1, 2, 4, 8)
@@ -147,7 +147,7 @@ def test_figures_of_the_exact_predictor(pool):
 
 def test_figures_of_a_predictor_that_only_knows_free_flight(pool):
     """Exact for discs that touch nothing; the error of a rollout grows with its length."""
-    rows = pool.parts["probe"]
+    rows = pool.parts["validation"]
     statistics, horizon, gravity = rows.statistics, SYSTEM.horizon, SYSTEM.box.gravity
 
     def fly(batch):
@@ -169,7 +169,7 @@ def test_figures_of_a_predictor_that_only_knows_free_flight(pool):
 
 
 def test_split_loss_weighs_to_the_loss(pool):
-    rows = pool.parts["probe"]
+    rows = pool.parts["validation"]
     batch = SYSTEM.draw(rows, Generator.of("none"))
     prediction = 0.3 * batch.inputs
     figures = SYSTEM.diagnose(lambda batch: 0.3 * batch.inputs, rows, Generator.of("none"))
@@ -210,3 +210,23 @@ def test_jammed_boxes_start_anew_and_give_up_in_the_end(monkeypatch):
 def test_no_rows():
     with pytest.raises(ValueError, match=r"^n: 0"):
         SYSTEM.rows("train", 0, Generator.of(0))
+
+
+def test_every_probe_row_has_a_trajectory_of_its_own():
+    """Rows of one trajectory are linked by their states; 40 rows of 3 windows, none of which continues another."""
+    system = ParticleSystem(restart=0.3)
+    columns = system.rows("probe", 40, Generator.of("probe rows")).columns
+    ends = (columns["state"] + columns["change"]).flatten(1)
+    assert torch.cdist(ends, columns["state"].flatten(1)).min() > 0.1
+    linked = system.rows("validation", 40, Generator.of("probe rows")).columns
+    ends = (linked["state"] + linked["change"]).flatten(1)
+    assert torch.cdist(ends, linked["state"].flatten(1)).min() < 1e-5
+
+
+def test_the_future_of_validation_rows_is_where_the_discs_go():
+    rows = SYSTEM.rows("validation", 12, Generator.of("future"))
+    state = rows.columns["state"]
+    motion = SYSTEM.box.simulate(state[..., :2].double(), state[..., 2:].double(), SYSTEM.horizon)
+    found = rows.columns["future"][:, 0].double()
+    torch.testing.assert_close(found, motion.positions, rtol=0, atol=1e-4)
+    assert rows.columns["future"].shape == (12, 4, SYSTEM.box.n, 2)

@@ -159,7 +159,7 @@ def test_impossible_sweeps_are_refused_by_name(changes, message):
 
 def test_types_and_infinities_anywhere_are_found_by_dotted_name():
     bad = sweep(probe=dataclasses.replace(ProbeConfig(), examples=2.5, sparse_examples=1))
-    with pytest.raises(ValueError, match="probe.examples: 2.5"):
+    with pytest.raises(ValueError, match=r"probe\.examples: 2\.5"):
         validate(bad)
     with pytest.raises(ValueError, match="speed"):
         validate(sweep(system=ParticleSystem(speed=math.inf)))

@@ -303,7 +303,7 @@ def test_diagnose_gives_one_finite_figure_per_member(system, pool, lead):
     def predict(batch):
         return torch.zeros(*lead, *batch.targets.shape[-3:])
 
-    figures = system.diagnose(predict, pool.parts["probe"], Generator.of("diagnose"))
+    figures = system.diagnose(predict, pool.parts["validation"], Generator.of("diagnose"))
     assert figures
     for name, value in figures.items():
         assert value.shape == lead and torch.isfinite(value).all(), name
@@ -316,9 +316,9 @@ def test_diagnose_of_a_member_is_what_it_gets_alone(system, pool):
     def scaled(scale):
         return lambda batch: scale * batch.inputs.mean(-1, keepdim=True).expand(*batch.targets.shape)
 
-    together = system.diagnose(scaled(scales), pool.parts["probe"], Generator.of("diagnose"))
+    together = system.diagnose(scaled(scales), pool.parts["validation"], Generator.of("diagnose"))
     for member in range(3):
-        alone = system.diagnose(scaled(scales[member, 0]), pool.parts["probe"], Generator.of("diagnose"))
+        alone = system.diagnose(scaled(scales[member, 0]), pool.parts["validation"], Generator.of("diagnose"))
         for name, value in together.items():
             torch.testing.assert_close(value[member], alone[name], rtol=1e-4, atol=1e-6)
 

@@ -12,6 +12,7 @@ SERVICE = {"ray", "mlflow", "optuna"}
 HOUSE = {"sim", "train", "probes", "cluster", "tests"}
 FLOORS = {"sim": set(), "probes": set(), "train": {"sim"}, "cluster": {"sim", "train", "probes"}}
 BARE = {"torch", "numpy", "scipy"}
+BARRED = SERVICE | {"pyarrow", "pandas", "tyro", "rich", "matplotlib", "jinja2"}
 
 
 def imported(path):
@@ -39,7 +40,7 @@ def test_a_pack_is_trained_with_torch_numpy_and_scipy_alone(tmp_path):
 import sys
 class Bar:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {{"ray", "mlflow", "optuna", "pyarrow", "pandas", "tyro", "rich", "matplotlib", "jinja2"}}:
+        if name.split(".")[0] in {BARRED}:
             raise ModuleNotFoundError(f"barred: {{name}}")
 sys.meta_path.insert(0, Bar())
 from cluster.pack import main

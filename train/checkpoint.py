@@ -151,8 +151,9 @@ def latest_steps(found: Iterable[Manifest]) -> dict[str, int]:
 def restore(
     files: Files, members: Sequence[str], versions: Mapping[str, int], report: Callable[[str], None]
 ) -> tuple[int, list[tuple[Arrays, list[int]]]] | None:
-    """The furthest step at which every member has a good slice, and the slices: (arrays, rows) in an order that, joined,
-    is the order of `members`. Checkpoints that cannot be used are reported and passed over. None: start afresh.
+    """The furthest step at which every member has a good slice, and the slices, (arrays, rows), in the members' order.
+
+    Checkpoints that cannot be used are reported and passed over. None: start afresh.
     """
     usable = manifests(files, versions, report)
     for step in sorted({manifest.step for manifest in usable}, reverse=True):

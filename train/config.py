@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+from sim.checks import require, require_number, require_one_of
 
 Optimizer = Literal["adam", "sgd"]
 Parametrization = Literal["standard", "mup"]
 Precision = Literal["float32", "float64"]
 
 
-def require(condition: bool, field: str, value: object, allowed: str) -> None:
-    """Raise `ValueError("field: value is not allowed; it must be ...")` unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{field}: {value!r} is not allowed; it must be {allowed}")
-
-
-def require_one_of(field: str, value: object, allowed: Collection[object]) -> None:
-    """Raise ValueError unless the value is one of those listed."""
-    require(value in allowed, field, value, "one of " + ", ".join(map(repr, allowed)))
-
-
 def require_finite(config: Any) -> None:
     """Raise ValueError if a float field of the dataclass is infinite or not a number."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        require(not isinstance(value, float) or math.isfinite(value), field.name, value, "finite")
+    for item in fields(config):
+        if isinstance(value := getattr(config, item.name), float):
+            require_number(item.name, value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sim.checks import require
 from sim.generator import Generator
 from sim.system import Rows, System
-from train.config import ModelConfig, TrainConfig, require
+from train.config import ModelConfig, TrainConfig
 from train.model import TensorSpec, forward, initial, tensor_specs
 from train.snapshot import Snapshot
 
