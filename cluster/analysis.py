@@ -20,7 +20,7 @@ from scipy.stats import t as student
 
 from cluster.encoding import decode
 from cluster.sweep import Sweep
-from cluster.tracking import Place, short_axes
+from cluster.tracking import Place, log_points, now_ms, short_axes
 from probes.ablation import matters
 from probes.attention import lift
 from probes.emergence import Status, fit_emergence
@@ -61,7 +61,7 @@ def dense(table: pd.DataFrame, probe: str) -> DenseCurve:
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean over 3 neighbouring probe steps, 2 at the ends; axis 0."""
     padded = np.concatenate([np.full_like(values[:1], np.nan), values, np.full_like(values[:1], np.nan)])
-    return np.nanmean(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0)
+    return np.asarray(np.nanmean(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0))
 
 
 def analyze_heads(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ def analyze_member(
         "heads_that_matter": sum(bool(row["matters"]) for row in own),
         "last_step": int(figures["step"].iloc[-1]),
         "seconds": float(figures["wall_time"].iloc[-1] - figures["wall_time"].iloc[0]),
-        **{name: float(value) for name, value in figure.items() if name not in ("step", "wall_time")},
+        **{str(name): float(value) for name, value in figure.items() if name not in ("step", "wall_time")},
     }
     return heads, row
 
@@ -326,15 +326,14 @@ def log_width_curves(client: MlflowClient, place: Place, widths: pd.DataFrame) -
     """
     if widths.empty or widths.duplicated(["width", "relation"]).any():
         return
-    metrics, time_ms = [], int(client.get_run(place.parent).info.start_time)
+    points: dict[str, dict[int, float]] = {}
     for relation, group in widths.groupby("relation"):
         for column in ("level", "t50", "share_risen", "detectors_per_member"):
             name = f"{relation}/{column}"
             known = {metric.step: metric.value for metric in client.get_metric_history(place.parent, name)}
-            for width, value in zip(group["width"], group[column], strict=True):
-                if np.isfinite(value) and known.get(int(width)) != value:
-                    metrics.append(Metric(name, float(value), time_ms, int(width)))
-    client.log_batch(place.parent, metrics=metrics)
+            series = {int(width): float(value) for width, value in zip(group["width"], group[column], strict=True)}
+            points[name] = {w: v for w, v in series.items() if np.isfinite(v) and known.get(w) != v}
+    log_points(client, place.parent, points, now_ms())
 
 
 def load_analysis(client: MlflowClient, parent: str) -> Analysis:

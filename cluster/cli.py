@@ -79,8 +79,8 @@ def wide_terminal() -> Iterator[None]:
 
 def one_line(message: str) -> str:
     """The text of tyro's box of an error, without the box and without what `--help` says anyway."""
-    text = [line.strip("│╭╰╮╯─ \t") for line in message.splitlines()]
-    kept = [line for line in text[1:] if line and "full helptext" not in line]
+    text = [line.strip("│| \t") for line in message.splitlines()]
+    kept = [line for line in text[1:] if line.strip("╰╯─+-") and "full helptext" not in line]
     return "; ".join(kept).replace(":; ", ": ")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from probes.probe import Measurement
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Columns = dict[str, Array]
 
 KEYS = ("step", "wall_time", "probe", "relation", "layer", "head", "replicate")
@@ -25,8 +26,8 @@ class ProbeCurve:
 
     relations: tuple[str, ...] = ()
     steps: list[int] = field(default_factory=list)
-    wall_time: list[NDArray[np.float64]] = field(default_factory=list)
-    values: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
+    wall_time: list[Array] = field(default_factory=list)
+    values: dict[str, list[Array]] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,8 +41,8 @@ class Curves:
     members: int
     probes: dict[str, ProbeCurve] = field(default_factory=dict)
     figure_steps: list[int] = field(default_factory=list)
-    figure_times: list[NDArray[np.float64]] = field(default_factory=list)
-    figures: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
+    figure_times: list[Array] = field(default_factory=list)
+    figures: dict[str, list[Array]] = field(default_factory=dict)
     weights: dict[int, Array] = field(default_factory=dict)
 
     @property
@@ -59,7 +60,7 @@ class Curves:
                 raise ValueError(f"{probe}: column {column!r} is not allowed; it must not be one of {', '.join(KEYS)}")
             curve.values.setdefault(column, []).append(value)
 
-    def add_figures(self, step: int, time: float, figures: Mapping[str, NDArray[np.float64]]) -> None:
+    def add_figures(self, step: int, time: float, figures: Mapping[str, Array]) -> None:
         """Append losses and system figures `[S]` of one step."""
         for name in self.figures.keys() | figures.keys():
             empty = [np.full(self.members, np.nan) for _ in self.figure_steps]
@@ -139,7 +140,7 @@ def _stack(values: Sequence[Array], members: int) -> Array:
     return np.stack(values, axis=1) if values else np.zeros((members, 0))
 
 
-def _unstack(value: Array) -> list[NDArray[np.float64]]:
+def _unstack(value: Array) -> list[Array]:
     return [value[:, t] for t in range(value.shape[1])]
 
 

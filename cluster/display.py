@@ -125,7 +125,8 @@ def show_plan(console: Console, sweep: Sweep, plan: Plan) -> None:
     for name in dict.fromkeys(map(shape_name, plan.packs)):
         alike = [pack for pack in plan.packs if shape_name(pack) == name]
         cost, first = plan.costs[name], alike[0]
-        values = short_axes(first.members[0].axes).values()
+        points = [short_axes(member.axes) for pack in alike for member in pack.members]
+        values = [", ".join(dict.fromkeys(point[axis] for point in points)) for axis in points[0]]
         steps, minutes = f"{first.start:,}..{first.config.train.steps:,}", cost.seconds(first) / 60
         table.add_row(
             str(len(alike)), str(len(first.members)), *values, steps, f"{1000 * cost.step:.1f}", f"{minutes:.1f}"

@@ -110,6 +110,7 @@ def step_axis(ax: Axes, last: float) -> None:
     ax.set_xlim(STEP_ZERO * 0.9, max(last, 2) * 1.06)
     ax.xaxis.set_major_locator(FixedLocator([STEP_ZERO, *decades]))
     ax.xaxis.set_major_formatter(FuncFormatter(count_text))
+    ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("training step (log scale)", fontsize=9.5)
 
@@ -150,7 +151,8 @@ def label_ends(ax: Axes, ends: Sequence[End], inches: float, head: str = "") -> 
     to_panel = ax.transData + ax.transAxes.inverted()
     heights = [float(np.clip(to_panel.transform((1.0, end.y))[1], 0, 1)) for end in ends]
     for end, at, height in zip(ends, spread(heights, 0.155 / inches), heights, strict=True):
-        style = {"arrowstyle": "-", "color": end.colour, "lw": 1.1, "ls": end.dash, "shrinkA": 0, "shrinkB": 0}
+        style = {"arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0}
+        style |= {"color": end.colour, "lw": 1.1, "ls": end.dash}
         ax.annotate(
             plain(end.text), (1.0, height), (1.05, at), "axes fraction", "axes fraction",
             arrowprops=style, color=end.colour, fontsize=8.5, va="center", fontweight="bold" if end.bold else "normal",
@@ -202,7 +204,7 @@ def draw_losses(runs: Sequence[Run], floors: Floors) -> Figure:
         named.add(run.label)
     ax.set_yscale("log")
     known = {
-        "mean target": floors.trivial,
+        "predicting the mean": floors.trivial,
         "best without attention": floors.without_attention,
         "optimum": floors.optimum,
     }
@@ -215,7 +217,7 @@ def draw_losses(runs: Sequence[Run], floors: Floors) -> Figure:
             )  # fmt: skip
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.set_ylabel("loss (log scale)", fontsize=9.5)
     step_axis(ax, max(float(run.figures["step"].iloc[-1]) for run in runs))
     ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -304,7 +306,7 @@ def draw_distance(portraits: Sequence[Portrait], contact: float | None) -> Figur
         ax.set_xlim(0, r[-1] * 1.03)
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.axhline(1, color=INK, lw=0.9, zorder=0)
         if contact is not None:
             ax.axvline(contact, color=INK, lw=0.9, ls=(0, (1, 2)), zorder=0)

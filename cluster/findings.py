@@ -13,6 +13,7 @@ import pandas as pd
 
 from cluster.analysis import CONFIDENCE, RISEN, STATUSES, Analysis, axis_names
 from cluster.sweep import Sweep
+from probes.emergence import LEVEL_LIFT
 
 T = TypeVar("T")
 
@@ -182,8 +183,10 @@ def point_line(point: Point, relation: str) -> str:
         )
         level = point.figures.get("level", math.nan)
         low, high = (step_text(point.figures.get(name)) for name in ("level_low", "level_high"))
-        spread = f"90% interval {low}–{high}, {plural(having, 'member')}" if DASH not in (low, high) else "one member"
-        start += f"; the best one reached lift 2 at step {step_text(level)} ({spread})"
+        spread = "this is one member, without an interval"
+        if DASH not in (low, high):
+            spread = f"geometric mean; {CONFIDENCE:.0%} interval {low}–{high} over {plural(having, 'member')}"
+        start += f"; the best one reached lift {LEVEL_LIFT:g} at step {step_text(level)} ({spread})"
     total = len(point.heads)
     share = f" ({point.risen / total:.0%})" if total else ""
     return f"{start}. {point.risen:,} of {plural(total, 'head')}{share} rose."
@@ -217,8 +220,8 @@ def caveats(sweep: Sweep, analysis: Analysis, points: Sequence[Point]) -> list[s
     fooled = sum(int((p.heads["level"].notna() & ~p.heads["detector"]).sum()) for p in settled if len(p.heads))
     if fooled:
         found.append(
-            f"{plural(fooled, 'head')} reached lift 2 without being a detector: they look at popular tokens, "
-            "whoever asks."
+            f"{plural(fooled, 'head')} reached lift {LEVEL_LIFT:g} without being a detector: they look at popular "
+            "tokens, whoever asks."
         )
     lost = int((analysis.members["outcome"] != "finished").sum())
     if lost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -194,6 +195,12 @@ def to_numpy(value: Tensor) -> NDArray[np.float64]:
     return value.detach().double().cpu().numpy()
 
 
+def finite_mean(values: NDArray[np.float64]) -> float:
+    """Mean over the members that have a value; NaN where none has."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
 def run_pack(pack: Pack, pool: Pool, probes: Sequence[Probe], sink: Sink, pace: Pace | None = None) -> None:
     """Train and probe a pack to its end; everything it finds goes to the sink."""
     PackRun(pack, pool, probes, sink, pace).run()
@@ -257,8 +264,8 @@ class FolderSink:
 
     def progress(self, step: int, figures: Figures) -> None:
         """A line to standard output."""
-        values = " ".join(f"{name} {np.nanmean(value):.4f}" for name, value in figures.items() if "loss" in name)
-        print(f"step {step} {values}", flush=True)
+        losses = {name: finite_mean(value) for name, value in figures.items() if name.endswith("loss")}
+        print(f"step {step}", *(f"{name} {value:.4f}" for name, value in losses.items()), flush=True)
 
     def save(self, pack: Pack, state: State, curves: Curves) -> None:
         """To the folder's checkpoints."""

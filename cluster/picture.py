@@ -25,7 +25,7 @@ from train.model import visible_keys
 from train.snapshot import Snapshot
 
 EXAMPLES, TRAIN_ROWS = 32, 256  # drawn afresh: examples to choose from, rows to standardise with
-ENOUGH_PAIRS = 3  # related pairs that make an example worth looking at
+PAIRS = 3  # related pairs that an example should have: something to see, and no crowd
 MOST_LINES = 4000  # of attention in one panel
 LEAST_WEIGHT = 0.02  # of attention that is drawn
 BLUE, RELATED, FREE, BAND = "#0B4F8A", "#FCE7BC", "#F1F3F4", "#F6C667"
@@ -51,7 +51,7 @@ class Scene:
 def make_scene(
     system: System, model: ModelConfig, weights: Mapping[str, NDArray[Any]], head: HeadKey, relation: str
 ) -> Scene | None:
-    """The first fresh example with at least 3 related pairs (or the most), chosen before the attention is known.
+    """The fresh example whose number of related pairs is closest to 3, chosen before the attention is known.
 
     None where the system's tokens have no place in the plane, or no example has a related pair.
     """
@@ -66,8 +66,8 @@ def make_scene(
     links = system.relations(batch.geometry, batch.keys)[relation].sum((1, 2))
     if not links.any():
         return None
-    enough = torch.nonzero(links >= 2 * ENOUGH_PAIRS)
-    batch = one_example(batch, int(enough[0]) if len(enough) else int(links.argmax()))
+    links = torch.where(links > 0, links, torch.iinfo(links.dtype).max // 4)
+    batch = one_example(batch, int((links - 2 * PAIRS).abs().argmin()))
     return _scene(system, batch, relation, list(_attention(system, model, weights, head, batch)))
 
 
@@ -155,8 +155,8 @@ def draw_box(scene: Scene, title: str) -> Figure:
 def _discs(ax: Axes, scene: Scene, attention: Array, radius: float) -> None:
     """Tokens as discs; related pairs joined by a broad band; a core as dark as the attention to oneself."""
     pairs = np.argwhere(np.triu(scene.related | scene.related.T) & ~scene.wrap)
-    ax.add_collection(LineCollection(list(scene.positions[pairs]), colors=BAND, linewidths=9, zorder=0.5))
-    fill = [RELATED if one else FREE for one in list(scene.related.any(1))]
+    ax.add_collection(LineCollection(list(scene.positions[pairs]), colors=BAND, linewidths=7, zorder=1.2))
+    fill = np.where(scene.related.any(1), RELATED, FREE).tolist()
     discs = [Circle((x, y), radius) for x, y in scene.positions]
     ax.add_collection(PatchCollection(discs, facecolors=fill, edgecolors="#5F6368", linewidths=1.0, zorder=1))
     cores = [Circle((x, y), 0.42 * radius) for x, y in scene.positions]

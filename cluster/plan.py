@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.pack import PackRun, build_probes, make_pool
-from cluster.sweep import MemberConfig, Pack, part_sizes
+from cluster.pack import PackRun, build_probes, pools
+from cluster.sweep import Member, MemberConfig, Pack
 from sim import system_name
-from train.loop import State
+from sim.generator import Generator
+from sim.pool import Pool
 from train.model import count_parameters, tensor_specs
 
 WARM, TIMED = 3, 8  # steps before and during a measurement
@@ -72,9 +73,21 @@ def shape_name(pack: Pack) -> str:
 
 def make_plan(packs: Sequence[Pack], workers: int, done: int) -> Plan:
     """Measure one pack of each shape and add up."""
-    shapes = {shape_name(pack): pack for pack in packs}
-    costs = {name: measure(pack) for name, pack in shapes.items()}
+    shapes = {shape_name(pack): on_trial(pack) for pack in packs}
+    costs = {}
+    for trial, pool in pools(list(shapes.values()), "cpu"):
+        name = next(name for name, pack in shapes.items() if pack is trial)
+        costs[name] = measure(trial, pool)
     return Plan(packs=tuple(packs), costs=costs, workers=workers, done=done)
+
+
+def on_trial(pack: Pack) -> Pack:
+    """The pack from step 0 on a pool of few rows."""
+
+    def shrink(member: Member) -> Member:
+        return replace(member, config=replace(member.config, data=replace(member.config.data, rows=TRIAL_ROWS)))
+
+    return Pack(members=tuple(map(shrink, pack.members)))
 
 
 class _Nowhere:
@@ -93,28 +106,23 @@ class _Nowhere:
         """Nothing."""
 
 
-def measure(pack: Pack) -> PackCost:
-    """Cost of a pack from a few steps on a pool of a few rows. The sizes of tables follow from their shapes."""
-    config = pack.config
-    small = replace(config.data, rows=TRIAL_ROWS)
-    trial = replace(
-        pack, start=0, members=tuple(replace(m, config=replace(m.config, data=small)) for m in pack.members)
-    )
-    pool = make_pool(trial.config)
-    run = PackRun(trial, pool, build_probes(trial.config, pool), _Nowhere())
+def measure(pack: Pack, pool: Pool) -> PackCost:
+    """Cost of a pack from a few steps. The sizes of tables follow from their shapes."""
+    run = PackRun(pack, pool, build_probes(pack.config, pool), _Nowhere())
     for _ in range(WARM):
         run.trainer.advance()
     start = time.perf_counter()
     for _ in range(TIMED):
         run.trainer.advance()
     step = (time.perf_counter() - start) / TIMED
+    artifacts = artifact_bytes(pack.config, run)
     return PackCost(
         step=step,
         probe=_seconds(run, sparse=False),
         sparse=_seconds(run, sparse=True),
-        memory=memory_bytes(pack, run.trainer.state),
-        artifacts=artifact_bytes(config, run),
-        checkpoint=3 * run.trainer.state.weights.nbytes + artifact_bytes(config, run) * len(pack.members),
+        memory=memory_bytes(pack, run),
+        artifacts=artifacts,
+        checkpoint=3 * run.trainer.state.weights.nbytes + artifacts * len(pack.members),
     )
 
 
@@ -128,24 +136,16 @@ def _seconds(run: PackRun, sparse: bool) -> float:
     return time.perf_counter() - start
 
 
-def memory_bytes(pack: Pack, state: State) -> int:
-    """Parameters, gradients and moments; what the backward pass keeps; one replicate's attention; the pool."""
-    config, members = pack.config, len(pack.members)
-    model, size = config.model, state.weights.element_size()
-    tokens = tokens_of(config)
+def memory_bytes(pack: Pack, run: PackRun) -> int:
+    """Parameters, gradients and moments; what the backward pass keeps; one replicate's attention; the pool twice."""
+    config, members, weights = pack.config, len(pack.members), run.trainer.state.weights
+    model, size = config.model, weights.element_size()
+    tokens = config.system.draw(run.validation, Generator.of("plan")).inputs.shape[-2]
     per_token = model.layers * (10 * model.width + 2 * model.feedforward * model.width + 2 * model.n_heads * tokens)
     activations = members * config.train.batch_size * tokens * per_token * size
     attention = 3 * members * config.probe.examples * model.layers * model.n_heads * tokens**2 * size
-    rows = sum(part_sizes(config).values()) * tokens * (config.system.d_in + config.system.d_out) * size
-    return 6 * state.weights.nbytes + activations + attention + 2 * rows
-
-
-def tokens_of(config: MemberConfig) -> int:
-    """N, from one drawn row."""
-    pool = make_pool(replace(config, data=replace(config.data, rows=1, validation_rows=1)))
-    from sim.generator import Generator
-
-    return int(config.system.draw(pool.parts["train"], Generator.of("plan")).inputs.shape[-2])
+    rows = config.data.rows * tokens * (config.system.d_in + config.system.d_out) * size
+    return int(6 * weights.nbytes + activations + attention + 2 * rows)
 
 
 def artifact_bytes(config: MemberConfig, run: PackRun) -> int:

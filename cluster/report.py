@@ -27,6 +27,7 @@ from cluster.sweep import Sweep, replace_fields
 from cluster.widths import draw_widths, level_spots, t50_spots
 from probes.ablation import LEAST_SHARE
 from probes.emergence import LEVEL_LIFT, START_LIFT
+from sim.checks import require
 
 PANELS = 24
 FIXED_PANELS = 7  # losses 1, times against width 4, box 2
@@ -196,7 +197,7 @@ def render(
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         system=type(sweep.system).__name__,
-        about=(type(sweep.system).__doc__ or "").partition("\n\n")[0],
+        about=(type(sweep.system).__doc__ or "").partition("\n\n")[0].replace("`", ""),
         trained=say.trained_line(sweep),
         relation=relation,
         outcome=say.outcome_line(sweep, analysis),
@@ -259,9 +260,8 @@ class Drawing:
             return section
         total, count = sum(len(point.finished) for point in self.points), len(self.shown.runs)
         caption = (
-            f"{f'{count} of {total:,}' if total > count else 'All'} finished members. Lines: loss on held-out examples; "
-            "dots: mean training loss since the last probe. Dashed: losses of reference predictors, where the system "
-            "knows them."
+            f"{f'{count} of {total:,}' if total > count else 'All'} finished members. Lines: loss on held-out "
+            "examples; dots: mean training loss since the last probe. Dashed: losses of reference predictors."
         )
         figure = figures.draw_losses(self.shown.runs, self.sweep.system.floors())
         section.pictures = [self.picture("losses", figure, caption, "Held-out and training loss against step")]
@@ -297,11 +297,11 @@ class Drawing:
             return section
         who = f"head {layer}.{head} (layer.head) of {portrait.label}, seed {portrait.seed}"
         caption = (
-            f"Of the members shown below, the detector with the highest lift at the end: {who}. Lines run from the token "
-            "that looks, where they are thick, to the one looked at, where they are thin, and bend to the left; width "
-            "and opacity grow with the attention weight, on one scale for both panels. The dark core of a disc is its "
-            f"attention to itself. Weights below {LEAST_WEIGHT:.0%} are left out. The example was picked for its related "
-            "pairs, before any attention was known; the percentages are of this example alone."
+            f"Of the members shown below, the detector with the highest lift at the end: {who}. Lines run from the "
+            "token that looks, where they are thick, to the one looked at, where they are thin, and bend to the left; "
+            "width and opacity grow with the attention weight, on one scale for both panels. The core of a disc is as "
+            f"dark as its attention to itself. Weights below {LEAST_WEIGHT:.0%} are left out. The example was picked "
+            "for its related pairs, before any attention was known; the percentages are of this example alone."
         )
         figure = draw_box(scene, who.replace(" (layer.head)", ""))
         section.pictures = [self.picture("box", figure, caption, f"Attention of {who} in one example, early and late")]
@@ -321,8 +321,8 @@ class Drawing:
             return section
         caption = (
             "Lift over training, smoothed over three probe steps; band: two standard errors over the replicates of the "
-            f"probe set, often thinner than the line. Dashed: lift {LEVEL_LIFT:g}; a ring marks a head's level there, the "
-            "bar through it the interval. Names give the status; bold names and lines are detectors."
+            f"probe set, often thinner than the line. Dashed: lift {LEVEL_LIFT:g}; a ring marks a head's level there, "
+            "the bar through it the interval. Names give the status; bold names and lines are detectors."
         )
         relations = self._relations(len(layers))
         for point, portrait, _ in self.shown.portraits:
@@ -357,10 +357,10 @@ class Drawing:
             return section
         caption = (
             "Left: of every member the level of its best detector. Right: of every member the geometric mean of t50 "
-            "over its risen heads; a triangle is a lower bound, as some head was still growing. Open marks are members; "
-            f"diamonds their geometric means with {CONFIDENCE:.0%} intervals (Student t over members in log time; none "
-            "for a single member). Arrows count members that never got there. Strips: members that have a detector "
-            "(left) and heads by status (right)."
+            "over its risen heads; a triangle is a lower bound, as some head was still growing. Open marks are "
+            f"members; diamonds their geometric means with {CONFIDENCE:.0%} intervals (Student t over members in log "
+            "time; none for a single member). Arrows count members that never got there. Strips, over the "
+            "same places: members that have a detector (left) and heads by status (right)."
             + (f" Of {len(series):,} series {len(names)} are drawn, evenly chosen." if len(series) > len(names) else "")
         )
         last = max(float(point.finished["last_step"].max()) for point in points)
@@ -380,9 +380,9 @@ class Drawing:
             section.missing = "There are no distances between tokens in this system, or they were not measured."
             return section
         caption = (
-            f"Grey: every head at the first probe. Colours: at the end, the {figures.NAMED} heads of highest peak lift, "
-            "coloured as above, solid in layer 0, dashed in layer 1, and so on, with two standard errors over "
-            "replicates; other heads pale. Bold: detectors. corr(A, r): correlation of attention and distance over pairs."
+            f"Grey: every head at the first probe. Colours: at the end, the {figures.NAMED} heads of highest peak "
+            "lift, coloured as above, solid in layer 0, dashed in layer 1, and so on, with two standard errors over "
+            "replicates; other heads pale. Bold: detectors. corr(A, r): correlation of attention and distance."
         )
         radius = getattr(getattr(self.sweep.system, "box", None), "radius", None)
         figure = figures.draw_distance(portraits, None if radius is None else 2 * radius)

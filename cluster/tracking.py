@@ -21,7 +21,6 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -30,7 +29,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from cluster.encoding import encode
@@ -441,18 +440,8 @@ class MemberRuns:
         self._thread.join()
 
 
-def status_name(code: int) -> str:
-    """FINISHED, FAILED, ... of MLflow's numeric status."""
-    return str(RunStatus.to_string(code))
-
-
 def log_points(client: MlflowClient, run_id: str, points: Mapping[str, Mapping[int, float]], time_ms: int) -> None:
     """Aggregates of a parent run: by name, value by step (the width). Repeats at the same time are one point."""
     metrics = [Metric(name, value, time_ms, step) for name, series in points.items() for step, value in series.items()]
     for start in range(0, len(metrics), BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + BATCH])
-
-
-def describe_run(run: Run) -> dict[str, Any]:
-    """Id, status and cause of a member run."""
-    return {"run_id": run.info.run_id, "status": run.info.status, "cause": run.data.tags.get("cause", "")}

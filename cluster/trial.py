@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -23,6 +22,7 @@ from cluster.pack import (
     Figures,
     Pace,
     build_probes,
+    finite_mean,
     member_files,
     restore_checkpoint,
     run_pack,
@@ -145,8 +145,7 @@ class TrialSink:
     def progress(self, step: int, figures: Figures) -> None:
         """Points for MLflow; every second or so a report to the driver."""
         self.runs.point(step, int(time.time() * 1000), live(figures))
-        losses = figures["train_loss"][np.isfinite(figures["train_loss"])]
-        self.loss = float(losses.mean()) if losses.size else float("nan")
+        self.loss = finite_mean(figures["train_loss"])
         if self.flush.due():
             self.runs.flush()
         if self.report.due():

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from cluster.analysis import RISEN
@@ -99,7 +99,7 @@ def draw_widths(levels: Sequence[Spot], t50s: Sequence[Spot], last: float) -> Fi
     titles = ("level: first step at lift 2, best detector", "t50: half of the rise done, mean of risen heads")
     for column, (spots, title, unit) in enumerate(zip((levels, t50s), titles, ("members", "heads"), strict=True)):
         strip, ax = axes[:, column]
-        _strip(strip, spots, names, f"share of {unit}")
+        _strip(strip, spots, names, unit)
         strip.set_title(title, fontsize=10, loc="left", color=INK, pad=22)
         _times(ax, spots, names, last)
         shown = widths[:: math.ceil(len(widths) / 10)]
@@ -140,7 +140,7 @@ def _strip(ax: Axes, spots: Sequence[Spot], names: Sequence[str], label: str) ->
         columnspacing=1.0, handlelength=1.0, borderpad=0.1,
     )  # fmt: skip
     ax.set_ylim(0, 1)
-    ax.set_yticks([0, 1], ["0", "1"])
+    ax.set_yticks([0, 1], ["0", "100%"])
     ax.set_ylabel(label, fontsize=9)
 
 
@@ -149,10 +149,12 @@ def _times(ax: Axes, spots: Sequence[Spot], names: Sequence[str], last: float) -
     widths = [spot.width for spot in spots]
     least = min([last / 10, *(time for spot in spots for time in (*on_axis(spot.times), spot.low) if time > 0)])
     ax.set_yscale("log")
-    ax.set_ylim(max(least / 1.6, STEP_ZERO * 0.8), last * 2.4)
-    ax.axhspan(last, last * 2.4, color=PALE, alpha=0.6, lw=0)
+    lost = any(spot.none for spot in spots)
+    top = last * (2.4 if lost else 1.35)
+    ax.set_ylim(max(least / 1.6, STEP_ZERO * 0.8), top)
+    ax.axhspan(last, top, color=PALE, alpha=0.6, lw=0)
     ax.axhline(last, color=GREY, lw=0.9)
-    words = "not by the end of training: number of members"
+    words = "members without, by the end of training" if lost else "end of training"
     ax.annotate(words, (0.01, 1.0), (0, -3), "axes fraction", "offset points", fontsize=8, color=INK, va="top")
     for index, name in enumerate(names):
         own = [spot for spot in spots if spot.series == name]
@@ -167,7 +169,7 @@ def _times(ax: Axes, spots: Sequence[Spot], names: Sequence[str], last: float) -
         ax.plot(centres, [spot.mean for spot in own], color=colour, lw=1.0, marker="D", ms=6, zorder=4, label=label)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(count_text))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _members(ax: Axes, spot: Spot, x: float, room: float, colour: str, last: float) -> None:

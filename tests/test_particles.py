@@ -11,7 +11,7 @@ from sim.particles import ParticleBox, ParticleSystem
 from sim.pool import Pool
 
 SYSTEM = ParticleSystem()
-SIZES = {"train": 320, "probe": 96}
+SIZES = {"train": 320, "validation": 96, "probe": 96}
 
 
 @pytest.fixture(scope="module")

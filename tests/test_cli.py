@@ -1,0 +1,132 @@
+"""The command as a user types it: help that teaches, plans, and bad input in one line with code 2, nothing started."""
+
+import re
+
+import pytest
+
+from cluster import cli, dispatch
+from cluster.cli import main, parse_axes
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A fresh folder, and a Ray that may not be started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(dispatch.ray, "init", refuse)
+    return tmp_path
+
+
+BAD = [
+    (["swep", "quick"], "command: 'swep' is unknown; did you mean 'sweep'?"),
+    (["sweep", "quikc"], "recipe: 'quikc' is unknown; did you mean 'quick'?"),
+    (["sweep", "nothing.json"], "sweep: 'nothing.json' cannot be read"),
+    (
+        ["sweep", "quick", "--train.stepz", "5"],
+        "Unrecognized options: --train.stepz, 5; Perhaps you meant: --train.steps",
+    ),
+    (["sweep", "quick", "--train.steps", "many"], "--train.steps: invalid literal for int() with base 10: 'many'"),
+    (["sweep", "quick", "--train.steps", "0"], "steps: 0 is not allowed; it must be at least 1"),
+    (
+        ["sweep", "quick", "--train.learning-rate", "nan"],
+        "learning_rate: nan is not allowed; it must be a finite number",
+    ),
+    (["sweep", "quick", "--train.optimizer", "lion"], "lion"),
+    (["sweep", "quick", "--widths"], "widths: () is not allowed; it must be at least one width"),
+    (["sweep", "quick", "--widths", "16", "16"], "widths: (16, 16) is not allowed; it must be without repeats"),
+    (["sweep", "quick", "--widths", "18"], "width: 18 is not allowed; it must be divisible by heads = 4"),
+    (["sweep", "quick", "--seeds", "0"], "seeds: 0 is not allowed; it must be at least 1"),
+    (
+        ["sweep", "quick", "--system.box.n", "60"],
+        "box.n: 60 is not allowed; it must be so few that they fill at most 0.4",
+    ),
+    (
+        ["sweep", "quick", "--system.box.restitution", "inf"],
+        "restitution: inf is not allowed; it must be a finite number",
+    ),
+    (["sweep", "quick", "--axis", "train.lr=1,2"], "train: 'lr' is unknown"),
+    (
+        ["sweep", "quick", "--axis", "train.learning_rate"],
+        "axis: 'train.learning_rate' is not allowed; it must be NAME=",
+    ),
+    (["sweep", "quick", "--axis", "train.learning_rate=fast"], "learning_rate: 'fast' is not allowed"),
+    (["sweep", "quick", "--out", "/dev/null/x"], "out: '/dev/null/x' cannot be written"),
+    (["sweep", "quick", "--tracking-uri", "http://127.0.0.1:9"], "no MLflow server answers at 'http://127.0.0.1:9'"),
+    (["sweep", "quick", "--tracking-uri", "ftp://x"], "tracking_uri: 'ftp://x' is not allowed"),
+    (["report", "nothing"], "sweep: 'nothing' is not in the ledger; it must be one of (none yet)"),
+    (["analyze"], "sweep: none given"),
+    (["ui", "--port", "high"], "--port"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_is_one_clear_line_and_code_2(arguments, message, capsys, elsewhere):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("headway: ")
+    assert error.count("\n") == 1
+    assert not (elsewhere / "headway-out").exists() or not any((elsewhere / "headway-out").iterdir())
+
+
+def test_help_teaches(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in cli.COMMANDS)
+    assert main([]) == 2
+    assert main(["sweep", "--help"]) == 0
+    assert "quick" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "quick", "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for flag in (
+        "--widths",
+        "--seeds",
+        "--train.learning-rate",
+        "--system.box.restitution",
+        "--dry-run",
+        "--axis",
+        "--redo",
+    ):
+        assert flag in said
+    assert "Constant rate after the warm-up" in said
+
+
+def test_recipes_are_listed(capsys):
+    assert main(["recipes"]) == 0
+    said = capsys.readouterr().out
+    assert "quick" in said
+    assert "Two widths x four seeds" in said
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"headway \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_a_dry_run_plans_and_starts_nothing(capsys, elsewhere):
+    assert main(["sweep", "tiny", "--dry-run", "--seeds", "3", "--pack-size", "2", "--data.rows", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "6 members to train (0 done), 4 packs" in said
+    assert "Nothing was started." in said
+    assert re.search(r"memory of the largest pack [\d.]+ [kMG]B", said)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_axes_from_the_command_line():
+    assert parse_axes(["train.learning_rate=0.001,2", "model.parametrization=mup"]) == {
+        "train.learning_rate": (0.001, 2),
+        "model.parametrization": ("mup",),
+    }
+    with pytest.raises(ValueError, match="each name once"):
+        parse_axes(["a=1", "a=2"])
+
+
+def test_status_of_an_empty_ledger(capsys):
+    assert main(["status"]) == 0
+    assert "sweep" in capsys.readouterr().out

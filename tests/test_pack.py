@@ -1,0 +1,259 @@
+"""A pack from start to tables: what is measured when, exact resume of curves, and the folder it writes to."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cluster import curves as tables
+from cluster.curves import KEYS, Curves
+from cluster.pack import (
+    FolderSink,
+    Pace,
+    PackRun,
+    build_probes,
+    main,
+    make_pool,
+    restore_checkpoint,
+    run_pack,
+    save_checkpoint,
+    trivial_loss,
+)
+from cluster.store import FolderStore
+from cluster.sweep import DataConfig, Pack, ProbeConfig, Sweep, validate
+from probes.probe import Measurement
+from sim.generator import Generator
+from sim.particles import ParticleBox, ParticleSystem
+from train.config import ModelConfig, TrainConfig
+
+SWEEP = Sweep(
+    name="test",
+    widths=(8,),
+    seeds=3,
+    system=ParticleSystem(box=ParticleBox(n=6, radius=0.1), restart=0.3),
+    data=DataConfig(rows=64, validation_rows=16),
+    model=ModelConfig(heads=2, layers=2),
+    train=TrainConfig(steps=14, batch_size=4, learning_rate=1e-2),
+    probe=ProbeConfig(replicates=2, examples=8, sparse_examples=4),
+)
+MEMBERS = validate(SWEEP)
+NEVER, ALWAYS = Pace(progress=1e9, checkpoint=1e9), Pace(progress=0.0, checkpoint=0.0)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return make_pool(MEMBERS[0].config)
+
+
+@pytest.fixture(scope="module")
+def probes(pool):
+    return build_probes(MEMBERS[0].config, pool)
+
+
+class Memory:
+    """A sink that keeps everything, and breaks off after some saves."""
+
+    def __init__(self, files=None, breaks_after=None):
+        self.files, self.breaks_after = files, breaks_after
+        self.told, self.finished, self.saves = [], {}, 0
+
+    def restore(self, pack):
+        return restore_checkpoint(self.files, pack) if self.files else None
+
+    def progress(self, step, figures):
+        self.told.append((step, figures))
+
+    def save(self, pack, state, curves):
+        save_checkpoint(self.files, pack, state, curves)
+        self.saves += 1
+        if self.saves == self.breaks_after:
+            raise InterruptedError
+
+    def finish(self, pack, curves, diverged):
+        for index, member in enumerate(pack.members):
+            self.finished[member.id] = (curves.head_table(index), curves.figure_table(index), diverged[index])
+
+
+def finished(members, pool, probes, files=None, pace=NEVER, breaks_after=None):
+    sink = Memory(files, breaks_after)
+    try:
+        run_pack(Pack(members=tuple(members)), pool, probes, sink, pace)
+    except InterruptedError:
+        return None
+    return sink.finished
+
+
+def same(found, expected):
+    """Equal bit for bit, but for the time of day."""
+    for mine, theirs in zip(found[:2], expected[:2], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - {"wall_time"}:
+            np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    assert found[2] == expected[2]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pool, probes):
+    return finished(MEMBERS, pool, probes)
+
+
+def test_everything_is_measured_when_it_should_be(undisturbed):
+    heads, figures, diverged = undisturbed[MEMBERS[0].id]
+    steps, sparse = SWEEP.probe.steps(14), SWEEP.probe.sparse_steps(14)
+    assert diverged == -1
+    assert tuple(figures["step"]) == steps
+    for probe, at in (("attention", set(steps)), ("ablation", sparse), ("distance", sparse)):
+        assert set(heads["step"][heads["probe"] == probe]) == at
+    assert tuple(heads)[: len(KEYS)] == KEYS
+    attention = heads["probe"] == "attention"
+    assert attention.sum() == len(steps) * 2 * 2 * 2 * 2  # layers, heads, relations, replicates
+    assert np.isfinite(heads["score"][attention & (heads["relation"] == "near")]).all()
+    assert np.isnan(figures["train_loss"][0])
+    assert np.isfinite(figures["train_loss"][1:]).all()
+    assert np.isfinite(figures["validation_loss"]).all()
+    measured = np.isfinite(figures["rollout_position_error_1"])
+    assert set(figures["step"][measured]) == sparse
+
+
+def test_a_members_tables_do_not_depend_on_its_company(pool, probes, undisturbed):
+    for members in (MEMBERS[1:2], MEMBERS[::-1]):
+        for name, tables_of_member in finished(members, pool, probes).items():
+            same(tables_of_member, undisturbed[name])
+
+
+@pytest.mark.parametrize("breaks_after", [1, 4, 11])
+def test_tables_after_a_break_are_those_of_an_undisturbed_run(tmp_path, pool, probes, undisturbed, breaks_after):
+    files = FolderStore(tmp_path)
+    assert finished(MEMBERS, pool, probes, files, ALWAYS, breaks_after) is None
+    steps = [m["step"] for m in map(json.loads, map(files.get, files.names("checkpoints")[::2]))]
+    assert 0 <= max(steps) < 14
+    for name, tables_of_member in finished(MEMBERS, pool, probes, files).items():
+        same(tables_of_member, undisturbed[name])
+
+
+def test_packs_are_formed_anew_from_slices(tmp_path, pool, probes, undisturbed):
+    files = FolderStore(tmp_path)
+    for part in (MEMBERS[:2], MEMBERS[2:]):
+        assert finished(part, pool, probes, files, ALWAYS, breaks_after=6) is None
+    for part in ((MEMBERS[2], MEMBERS[0]), MEMBERS[1:2]):
+        for name, tables_of_member in finished(part, pool, probes, files).items():
+            same(tables_of_member, undisturbed[name])
+
+
+def test_progress_is_told_between_probe_steps_too(tmp_path, pool, probes):
+    sink = Memory(FolderStore(tmp_path))
+    run_pack(Pack(members=MEMBERS[:1]), pool, probes, sink, Pace(progress=0.0, checkpoint=1e9))
+    assert [step for step, _ in sink.told] == list(range(15))
+    assert all("train_loss" in figures for _, figures in sink.told)
+
+
+def test_a_diverged_member_is_told_and_its_neighbour_finishes(pool, probes, undisturbed):
+    wild = dataclasses.replace(SWEEP, axes={"train.learning_rate": (1e-2, 1e12)}, train=SWEEP.train)
+    calm, broken = (m for m in validate(wild) if m.config.seed == 0)
+    found = finished((broken, calm), pool, probes)
+    assert found[broken.id][2] > 0
+    assert found[calm.id][2] == -1
+    same(found[calm.id], undisturbed[calm.id])
+
+
+def test_probe_groups_and_ceilings(pool, probes):
+    ablation = next(probe for probe in probes if probe.name == "ablation")
+    system = SWEEP.system
+    for replicate in ablation.replicates:
+        related = replicate.relations["collision"].any(-1)
+        assert torch.equal(replicate.groups["related"], related)
+        assert torch.equal(replicate.groups["free"], ~related)
+        error = (replicate.batch.targets - replicate.batch.targets.mean((0, 1))).square().mean()
+        assert replicate.ceilings["all"] == pytest.approx(error.item(), rel=1e-5)
+    batch = system.draw(pool.parts["train"], Generator.of("all"))
+    everything = torch.ones(batch.targets.shape[:2], dtype=torch.bool)
+    assert trivial_loss(system, batch, everything) == pytest.approx(system.floors().trivial, rel=1e-5)
+
+
+def test_no_gradient_is_kept_and_nothing_is_shared_between_runs(pool, probes):
+    before = {name: value.clone() for name, value in pool.parts["train"].columns.items()}
+    first = finished(MEMBERS[:1], pool, probes)
+    finished(MEMBERS[1:], pool, probes)
+    same(finished(MEMBERS[:1], pool, probes)[MEMBERS[0].id], first[MEMBERS[0].id])
+    assert all(torch.equal(value, before[name]) for name, value in pool.parts["train"].columns.items())
+
+
+def test_kept_weights_are_those_that_were_trained(tmp_path, pool, probes):
+    sink = FolderSink(tmp_path)
+    pack = Pack(members=MEMBERS[:2])
+    run = PackRun(pack, pool, probes, sink, NEVER)
+    run.run()
+    folder = tmp_path / "members" / MEMBERS[1].id
+    with np.load(folder / "weights.npz", allow_pickle=False) as weights:
+        assert {int(name.split("/")[0]) for name in weights.files} == SWEEP.probe.weight_steps(14)
+        for name, value in run.trainer.parameters.items():
+            np.testing.assert_array_equal(weights[f"14/{name}"], value[1].detach().numpy())
+    assert json.loads((folder / "member.json").read_text()) == {"axes": {"model.width": 8}, "diverged": -1}
+    assert sink.done(MEMBERS[1].id)
+    assert not sink.done(MEMBERS[2].id)
+
+
+def test_the_bare_command_skips_what_is_done_and_refuses_nonsense(tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr("cluster.pack.run_pack", lambda pack, *rest: calls.append(pack))
+    (tmp_path / "members").mkdir()
+    assert main(["tiny", "--out", str(tmp_path), "--device", "cpu", "--size", "1"]) == 0
+    assert len(calls) == 4
+    done = calls[0].members[0].id
+    (tmp_path / "members" / done).mkdir()
+    (tmp_path / "members" / done / "member.json").write_text("{}")
+    calls.clear()
+    main(["tiny", "--out", str(tmp_path), "--device", "cpu", "--size", "1"])
+    assert len(calls) == 3
+    for arguments, message in ((["tyny"], "did you mean 'tiny'"), (["tiny", "--only", "9"], "must be in 0..")):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--out", str(tmp_path)])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def small_curves():
+    curves = Curves(members=2)
+    for t, step in enumerate((0, 5)):
+        values = np.arange(2 * 1 * 2 * 3 * 2, dtype=np.float32).reshape(2, 1, 2, 3, 2) + 100 * t
+        curves.add("p", step, 7.0 + t, Measurement(relations=("a", "b", "c"), values={"x": values}))
+        figures = {"loss": np.array([1.0, 2.0])} | ({"late": np.array([3.0, 4.0])} if t else {})
+        curves.add_figures(step, 7.0 + t, figures)
+    curves.add("q", 5, 8.0, Measurement(relations=("r",), values={"y": np.ones((2, 1, 2, 1, 2), dtype=np.float32)}))
+    curves.weights[5] = np.array([[1.0], [2.0]])
+    return curves
+
+
+def test_long_tables_hold_every_value_at_its_keys():
+    table = small_curves().head_table(1)
+    assert len(table["step"]) == 2 * 2 * 3 * 2 + 2 * 2
+    at = {"step": 5, "relation": "b", "layer": 0, "head": 1, "replicate": 0, "probe": "p"}
+    row = np.logical_and.reduce([table[key] == value for key, value in at.items()])
+    assert table["x"][row] == [100 + np.ravel_multi_index((1, 0, 1, 1, 0), (2, 1, 2, 3, 2))]
+    assert np.isnan(table["y"][row]).all()
+    assert table["wall_time"][row] == [8.0]
+    figures = small_curves().figure_table(1)
+    np.testing.assert_array_equal(figures["late"], [np.nan, 4.0])
+
+
+def test_arrays_cut_and_merge_by_member():
+    arrays = small_curves().to_arrays()
+    again = Curves.from_arrays(tables.join([tables.take(arrays, [1]), tables.take(arrays, [0])]))
+    for mine, theirs in ((0, 1), (1, 0)):
+        for kind in ("head_table", "figure_table"):
+            found, expected = getattr(again, kind)(mine), getattr(small_curves(), kind)(theirs)
+            assert all(
+                np.array_equal(found[name], expected[name], equal_nan=name in ("late", "x", "y")) for name in found
+            )
+    np.testing.assert_array_equal(again.weights[5], [[2.0], [1.0]])
+    assert again.last_step == 5
+    assert Curves(members=1).last_step == -1
+    empty = Curves.from_arrays(Curves(members=3).to_arrays())
+    assert (empty.members, empty.last_step, empty.head_table(0)) == (3, -1, {})
+
+
+def test_a_column_named_like_a_key_is_refused():
+    with pytest.raises(ValueError, match="column 'layer' is not allowed"):
+        Curves(members=1).add("p", 0, 0.0, Measurement(relations=("a",), values={"layer": np.zeros((1, 1, 1, 1, 1))}))

@@ -1,0 +1,256 @@
+"""The ledger, on a real SQLite store: who is done, who counts, who holds a sweep."""
+
+import dataclasses
+import http.server
+import json
+import threading
+import time
+
+import pytest
+
+from cluster import tracking
+from cluster.sweep import Pack, Sweep, validate
+from cluster.tracking import MemberRuns, TrackingError
+from train.config import TrainConfig
+
+SWEEP = Sweep(name="ledger", widths=(16, 32), seeds=2, train=TrainConfig(steps=5))
+MEMBERS = validate(SWEEP)
+FILES = {"curves.parquet": b"curves", "config.json": b"{}"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A client and its URI; one store for the file, as making one takes seconds."""
+    uri = tracking.resolve_uri(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+    return tracking.connect(uri), uri
+
+
+@pytest.fixture
+def ledger(store, request):
+    own = dataclasses.replace(SWEEP, name=request.node.name.replace("/", "_"))
+    ledger = tracking.open_sweep(*store, own)
+    yield ledger
+    ledger.close("FINISHED")
+
+
+def logged(ledger, members=MEMBERS[:2], diverged=-1, figures=None):
+    runs = MemberRuns(ledger.place, Pack(members=tuple(members)), "cpu")
+    runs.point(0, 1000, figures or {"train_loss": [1.0] * len(members)})
+    runs.flush()
+    for index in range(len(members)):
+        runs.finish(index, FILES, diverged)
+    runs.close()
+    return runs.runs
+
+
+def test_a_finished_member_has_its_tags_params_points_and_files(store, ledger):
+    client, _ = store
+    run_id = logged(ledger)[1]
+    run = client.get_run(run_id)
+    tags = run.data.tags
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "width=16 seed=1"
+    assert (tags["width"], tags["seed"], tags["member_id"]) == ("16", "1", MEMBERS[1].id)
+    assert (tags["system"], tags["precision"], tags["device"]) == ("particles", "float32", "cpu")
+    assert tags["mlflow.parentRunId"] == ledger.place.parent
+    assert tags["code_version"] == tracking.code_version()
+    assert set(json.loads(tags["digest"])) == set(FILES)
+    assert len(run.data.params) <= 8
+    assert run.data.params["learning_rate"] == "0.001"
+    assert {item.path for item in client.list_artifacts(run_id)} == set(FILES)
+    assert ledger.settle(running_too=True).keys() == {MEMBERS[0].id, MEMBERS[1].id}
+
+
+def test_points_that_are_not_finite_are_left_out_and_repeats_are_one_point(store, ledger):
+    client, _ = store
+    figures = {"train_loss": [float("nan"), 2.0], "validation_loss": [3.0, float("inf")]}
+    runs = MemberRuns(ledger.place, Pack(members=MEMBERS[:2]), "cpu")
+    for _ in range(2):
+        runs.point(7, 123_000, figures)
+        runs.flush()
+    runs.close()
+    history = {name: client.get_metric_history(runs.runs[1], name) for name in figures}
+    assert [(m.step, m.value, m.timestamp) for m in history["train_loss"]] == [(7, 2.0, 123_000)]
+    assert history["validation_loss"] == []
+    assert [m.value for m in client.get_metric_history(runs.runs[0], "validation_loss")] == [3.0]
+
+
+def test_many_points_are_cut_into_batches(store, ledger):
+    client, _ = store
+    runs = MemberRuns(ledger.place, Pack(members=MEMBERS[:1]), "cpu")
+    for step in range(1500):
+        runs.point(step, step, {"train_loss": [float(step)]})
+    runs.flush()
+    runs.close()
+    assert len(client.get_metric_history(runs.runs[0], "train_loss")) == 1500
+
+
+def test_the_earliest_finished_run_counts(store, ledger):
+    client, _ = store
+    first, second = logged(ledger, MEMBERS[:1])[0], logged(ledger, MEMBERS[:1])[0]
+    assert ledger.settle(running_too=False)[MEMBERS[0].id].info.run_id == first
+    late = client.get_run(second)
+    assert late.info.status == "KILLED"
+    assert late.data.tags["superseded_by"] == first
+    client.set_terminated(second, "FINISHED")  # a zombie worker ends once more
+    assert ledger.settle(running_too=False)[MEMBERS[0].id].info.run_id == first
+
+
+def test_runs_left_running_become_killed_and_their_members_are_missing(store, ledger):
+    client, _ = store
+    runs = MemberRuns(ledger.place, Pack(members=MEMBERS[:1]), "cpu")
+    runs.close()
+    assert ledger.settle(running_too=False) == {}
+    assert client.get_run(runs.runs[0]).info.status == "RUNNING"
+    assert ledger.settle(running_too=True) == {}
+    assert client.get_run(runs.runs[0]).info.status == "KILLED"
+
+
+def test_a_new_attempt_supersedes_what_the_last_one_left(store, ledger):
+    client, _ = store
+    MemberRuns(ledger.place, Pack(members=MEMBERS[:2]), "cpu").close()
+    second = logged(ledger)
+    runs = tracking.children(client, ledger.place)
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]
+    assert {run.data.tags.get("superseded_by") for run in runs if run.info.status == "KILLED"} == set(second)
+
+
+def test_a_diverged_member_is_failed_with_its_cause_and_settled(store, ledger):
+    client, _ = store
+    run = client.get_run(logged(ledger, MEMBERS[:1], diverged=31)[0])
+    assert run.info.status == "FAILED"
+    assert run.data.tags["cause"] == "diverged at step 31"
+    assert MEMBERS[0].id in ledger.settle(running_too=True)
+
+
+def test_failed_members_have_their_cause_and_stay_missing(store, ledger):
+    client, _ = store
+    runs = MemberRuns(ledger.place, Pack(members=MEMBERS[:2]), "cpu")
+    runs.fail("ValueError: too bad (loop.py:3)")
+    runs.close()
+    assert {client.get_run(run).info.status for run in runs.runs} == {"FAILED"}
+    assert client.get_run(runs.runs[0]).data.tags["cause"].startswith("ValueError: too bad")
+    assert ledger.settle(running_too=True) == {}
+
+
+def test_a_call_that_keeps_failing_is_raised_at_the_end(store, ledger):
+    runs = MemberRuns(
+        dataclasses.replace(ledger.place, experiment="999"), Pack(members=MEMBERS[:1]), "cpu", patience=0.1
+    )
+    with pytest.raises(Exception, match="999"):
+        runs.close()
+
+
+def test_passing_faults_of_the_store_are_waited_out(store, ledger, monkeypatch):
+    fails = iter([True, True, False])
+    real = tracking.MlflowClient.create_run
+
+    def shaky(self, *args, **kwargs):
+        if next(fails, False):
+            raise OSError("connection reset")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(tracking.MlflowClient, "create_run", shaky)
+    assert len(logged(ledger, MEMBERS[:1])) == 1
+
+
+def test_one_driver_holds_a_sweep_until_it_closes_or_dies(store):
+    client, uri = store
+    own = dataclasses.replace(SWEEP, name="held")
+    first = tracking.open_sweep(client, uri, own)
+    with pytest.raises(TrackingError, match="is held by driver") as caught:
+        tracking.open_sweep(client, uri, own)
+    assert "\n" not in str(caught.value)
+    first._stop.set()
+    long_ago = time.time() - tracking.DEAD_AFTER - 1
+    client.set_tag(first.place.parent, "heartbeat", f"{long_ago:.0f} {first.driver}")
+    second = tracking.open_sweep(client, uri, own)
+    assert second.place.parent == first.place.parent
+    second.close("KILLED")
+    assert client.get_run(second.place.parent).info.status == "KILLED"
+    third = tracking.open_sweep(client, uri, dataclasses.replace(own, seeds=9, widths=(16, 64)))
+    assert third.place.parent == first.place.parent
+    assert client.get_run(third.place.parent).info.status == "RUNNING"
+    third.close("FINISHED")
+
+
+def test_the_heart_beats_until_the_end(store, monkeypatch):
+    client, uri = store
+    monkeypatch.setattr(tracking, "HEARTBEAT", 0.05)
+    ledger = tracking.open_sweep(client, uri, dataclasses.replace(SWEEP, name="beating"))
+    client.set_tag(ledger.place.parent, "heartbeat", "0 nobody")
+    deadline = time.monotonic() + 10
+    while client.get_run(ledger.place.parent).data.tags["heartbeat"] == "0 nobody":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ledger.close("FINISHED")
+    assert client.get_run(ledger.place.parent).data.tags["heartbeat"] == ""
+
+
+def test_sweeps_are_found_by_name_and_id(store, ledger):
+    client, uri = store
+    experiment = tracking.experiment_id(client, uri)
+    parent = client.get_run(ledger.place.parent)
+    for name in (parent.data.tags["sweep"], parent.data.tags["sweep_id"], parent.info.run_id):
+        assert tracking.find_sweep(client, experiment, name).info.run_id == parent.info.run_id
+    with pytest.raises(ValueError, match="sweep: 'nothing' is not in the ledger"):
+        tracking.find_sweep(client, experiment, "nothing")
+
+
+def test_a_plan_looks_at_the_ledger_without_making_one(store, ledger):
+    client, uri = store
+    unknown = dataclasses.replace(SWEEP, name="never begun")
+    assert tracking.settled_members(client, uri, unknown) == set()
+    experiment = tracking.experiment_id(client, uri)
+    assert tracking.find_sweeps(client, experiment, unknown.id) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://127.0.0.1:9", "no MLflow server answers at 'http://127.0.0.1:9'"),
+        ("ftp://somewhere", "it must begin with http://, https:// or sqlite:///"),
+        ("sqlite:////dev/null/mlflow.db", "cannot be opened"),
+    ],
+)
+def test_stores_that_cannot_be_used_are_refused_in_one_line_and_soon(uri, message):
+    start = time.monotonic()
+    with pytest.raises(TrackingError, match=message) as caught:
+        tracking.connect(uri)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start < 30
+
+
+def test_a_server_that_never_answers_is_given_up_after_a_while(monkeypatch):
+    monkeypatch.setattr(tracking, "SERVER_WAIT", 0.3)
+
+    class Silent(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            time.sleep(2)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(TrackingError, match="no MLflow server answers"):
+        tracking.connect(f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    server.server_close()
+
+
+def test_uris_come_from_the_flag_then_the_environment_then_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    assert tracking.resolve_uri("sqlite:///x.db") == f"sqlite:///{tmp_path}/x.db"
+    assert tracking.resolve_uri(None) == "http://elsewhere"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking.resolve_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_width_aggregates_are_logged_once(store, ledger):
+    client, _ = store
+    for _ in range(2):
+        tracking.log_points(client, ledger.place.parent, {"near/level": {16: 300.0, 32: 250.0}}, 5000)
+    history = client.get_metric_history(ledger.place.parent, "near/level")
+    assert sorted((m.step, m.value) for m in history) == [(16, 300.0), (32, 250.0)]
