@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from cluster.store import FolderStore, open_store
 from cluster.sweep import Member, Pack, Sweep, packs, validate, versions
 from cluster.tracking import Ledger, Place
 from cluster.trial import TrialContext
+from sim.checks import require
 from train import checkpoint
 from train.checkpoint import decode_arrays
 
@@ -48,8 +50,16 @@ class Settings:
     """GPUs a pack takes, a fraction to share one. Default: 1 where the cluster has GPUs, else 0."""
     pack_size: int | None = None
     """Members trained together. Default: such that every worker has work, at most 16."""
+    checkpoint_every: float = 60.0
+    """Seconds between checkpoints of a running pack."""
     redo: bool = False
     """Train members again that are done; their old runs leave the count."""
+
+    def __post_init__(self) -> None:
+        for name in ("cpus", "gpus", "workers", "pack_size", "checkpoint_every"):
+            value = getattr(self, name)
+            allowed = value is None or (math.isfinite(value) and (value > 0 or (name, value) == ("gpus", 0)))
+            require(allowed, name, value, "a finite number above 0")
 
 
 class Display(Protocol):
@@ -219,7 +229,13 @@ def train(job: Job, missing: Sequence[Member]) -> None:
     job.display.stage("making the pool of examples")
     pools = make_pools(cut)
     job.display.packs(cut)
-    context = TrialContext(packs=cut, pools=pools, place=job.ledger.place, store=store, pace=Pace())
+    context = TrialContext(
+        packs=cut,
+        pools=pools,
+        place=job.ledger.place,
+        store=store,
+        pace=Pace(checkpoint=job.desk.settings.checkpoint_every),
+    )
     run_packs(context, job.resources, job.display.progress)
     settled = job.ledger.settle(running_too=True)
     clear_checkpoints(files, settled.keys())

@@ -137,9 +137,15 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def planned(sweep: Sweep) -> int:
-    """Members of the sweep as configured."""
-    return len(sweep.widths) * math.prod(len(values) for values in sweep.axes.values()) * sweep.seeds
+def planned(sweep: Sweep, analysis: Analysis) -> int:
+    """Members of the sweep as configured, or those on record where these are more (it was wider before)."""
+    points = len(sweep.widths) * math.prod(len(values) for values in sweep.axes.values())
+    return max(points * sweep.seeds, recorded(analysis))
+
+
+def recorded(analysis: Analysis) -> int:
+    """Members with a row, whatever their outcome."""
+    return int(analysis.members["member_id"].nunique()) if len(analysis.members) else 0
 
 
 def trained_line(sweep: Sweep) -> str:
@@ -159,12 +165,12 @@ def outcome_line(sweep: Sweep, analysis: Analysis) -> str:
     table = analysis.members
     counts = table["outcome"].value_counts().to_dict() if len(table) else {}
     finished = counts.pop("finished", 0)
-    parts = [f"{finished:,} of {plural(planned(sweep), 'member')} finished training"]
+    parts = [f"{finished:,} of {plural(planned(sweep, analysis), 'member')} finished training"]
     parts += [f"{counts.pop(name, 0):,} {name}" for name in ("diverged", "failed")]
     parts += [f"{count:,} {name}" for name, count in sorted(counts.items())]
-    waiting = planned(sweep) - (table["member_id"].nunique() if len(table) else 0)
+    waiting = planned(sweep, analysis) - recorded(analysis)
     if waiting > 0:
-        parts.append(f"{waiting:,} have no result yet")
+        parts.append(f"{waiting:,} without a result yet")
     return ", ".join(parts) + "."
 
 
@@ -174,13 +180,11 @@ def point_line(point: Point, relation: str) -> str:
     if not finished:
         return "no member finished."
     if not having:
-        start = (
-            f"no detector of “{relation}” in {'the one member' if finished == 1 else f'any of {finished:,} members'}"
-        )
+        among = "the one finished member" if finished == 1 else f"any of {finished:,} finished members"
+        start = f"no detector of “{relation}” in {among}"
     else:
-        start = (
-            f"{having:,} of {plural(finished, 'member')} {'has' if having == 1 else 'have'} a detector of “{relation}”"
-        )
+        have = f"{having:,} of {plural(finished, 'finished member')} {'has' if having == 1 else 'have'}"
+        start = f"{have} a detector of “{relation}”"
         level = point.figures.get("level", math.nan)
         low, high = (step_text(point.figures.get(name)) for name in ("level_low", "level_high"))
         spread = "this is one member, without an interval"
@@ -226,7 +230,7 @@ def caveats(sweep: Sweep, analysis: Analysis, points: Sequence[Point]) -> list[s
     lost = int((analysis.members["outcome"] != "finished").sum())
     if lost:
         found.append(f"{plural(lost, 'member')} ended without a result and {'is' if lost == 1 else 'are'} in no mean.")
-    if planned(sweep) > analysis.members["member_id"].nunique():
+    if planned(sweep, analysis) > recorded(analysis):
         found.append("The sweep is not complete; numbers will move as members come in.")
     return found
 

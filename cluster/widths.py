@@ -101,7 +101,7 @@ def draw_widths(levels: Sequence[Spot], t50s: Sequence[Spot], last: float) -> Fi
         strip, ax = axes[:, column]
         _strip(strip, spots, names, unit)
         strip.set_title(title, fontsize=10, loc="left", color=INK, pad=22)
-        _times(ax, spots, names, last)
+        _times(ax, spots, names, last, ("members without a detector", "members without a risen head")[column])
         shown = widths[:: math.ceil(len(widths) / 10)]
         ax.xaxis.set_major_locator(FixedLocator([math.log2(width) for width in shown]))
         ax.xaxis.set_minor_locator(NullLocator())
@@ -144,7 +144,7 @@ def _strip(ax: Axes, spots: Sequence[Spot], names: Sequence[str], label: str) ->
     ax.set_ylabel(label, fontsize=9)
 
 
-def _times(ax: Axes, spots: Sequence[Spot], names: Sequence[str], last: float) -> None:
+def _times(ax: Axes, spots: Sequence[Spot], names: Sequence[str], last: float, without: str) -> None:
     """Members as open marks, geometric means with intervals, and arrows past the end for those without a time."""
     widths = [spot.width for spot in spots]
     least = min([last / 10, *(time for spot in spots for time in (*on_axis(spot.times), spot.low) if time > 0)])
@@ -154,7 +154,7 @@ def _times(ax: Axes, spots: Sequence[Spot], names: Sequence[str], last: float) -
     ax.set_ylim(max(least / 1.6, STEP_ZERO * 0.8), top)
     ax.axhspan(last, top, color=PALE, alpha=0.6, lw=0)
     ax.axhline(last, color=GREY, lw=0.9)
-    words = "members without, by the end of training" if lost else "end of training"
+    words = f"{without} by the end of training" if lost else "end of training"
     ax.annotate(words, (0.01, 1.0), (0, -3), "axes fraction", "offset points", fontsize=8, color=INK, va="top")
     for index, name in enumerate(names):
         own = [spot for spot in spots if spot.series == name]

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toys import EnumeratedToy
+from toys import EnumeratedToy, MaskedToy
 
 from cluster import findings, report
 from cluster.analysis import analyze_member, axis_names, tabulate
-from cluster.figures import spread
+from cluster.figures import ratio_band, spread
+from cluster.picture import make_scene
 from cluster.report import MemberData, write_report
 from cluster.sweep import Sweep
 from sim.generator import Generator
@@ -192,7 +193,7 @@ def test_planted_levels_and_counts_are_on_the_page(planted, page):
     for label, counts in {"width 8": (1, 4 + 4, 1), "width 16": (2, 8, 3)}.items():
         point, (having, total, risen) = points[label], counts
         level = findings.step_text(point.figures["level"])
-        assert f"{having} of 2 members {'has' if having == 1 else 'have'} a detector" in page
+        assert f"{having} of 2 finished members {'has' if having == 1 else 'have'} a detector" in page
         assert f"reached lift 2 at step {level} " in page
         assert f"{risen} of {total} heads ({risen / total:.0%}) rose." in page
     assert points["width 16"].count("transient") == 1
@@ -217,8 +218,11 @@ def test_median_member_with_a_detector_stands_for_its_point(planted):
 def test_further_axes_label_points_and_series(tmp_path):
     sweep = make_sweep(widths=(8,), axes={"train.learning_rate": (0.001, 0.003)}, seeds=1)
     plan = {((8, rate), 0): heads(("emerged", 100)) for rate in (0.001, 0.003)}
-    made = Planted(sweep, plan)
-    page = write_report(tmp_path / "report", sweep, made.analysis, made.load, {}).read_text()
+    made = Planted(sweep, plan, distance=False)
+    page = write_report(
+        tmp_path / "report", sweep, made.analysis, lambda run: replace(made.load(run), weights={}), {}
+    ).read_text()
+    assert [text for text in missing(page) if "weights were not kept" in text]
     assert "width 8, learning_rate 0.003" in page
     assert "heads_width8_learning_rate0.003.png" in names(page)
     assert "learning_rate 0.001" in {point.series for point in findings.make_points(sweep, made.analysis)}
@@ -231,11 +235,11 @@ def test_without_a_finished_member_the_page_says_so(tmp_path):
     made = Planted(sweep, {((8,), 0): ("failed", "out of memory")})
     page = write_report(tmp_path / "lost", sweep, made.analysis, made.load, {}).read_text()
     assert names(page) == [] and len(missing(page)) == 6 and made.loads == []
-    assert "0 of 6 members finished training, 0 diverged, 1 failed, 5 have no result yet." in page
+    assert "0 of 6 members finished training, 0 diverged, 1 failed, 5 without a result yet." in page
     assert "out of memory" in page
     empty = tabulate([], [], axis_names(sweep))
     page = write_report(tmp_path / "empty", sweep, empty, made.load, {}).read_text()
-    assert "6 have no result yet" in page
+    assert "6 without a result yet" in page
 
 
 def test_system_without_positions_or_distance(tmp_path):
@@ -250,7 +254,7 @@ def test_without_detectors_there_is_no_box(tmp_path):
     sweep = make_sweep(widths=(8,), seeds=1)
     made = Planted(sweep, {((8,), 0): heads()})
     page = write_report(tmp_path / "report", sweep, made.analysis, made.load, {}).read_text()
-    assert "no detector of “collision” in the one member" in page
+    assert "no detector of “collision” in the one finished member" in page
     assert [text for text in missing(page) if "no head to look through" in text]
     assert "widths.png" in names(page)
 
@@ -259,7 +263,8 @@ def test_large_sweeps_stay_bounded(planted, tmp_path):
     widths = tuple(range(8, 8 * 26, 8))
     sweep = make_sweep(widths=widths, seeds=20)
     keep = planted.analysis.members["member_id"] == "m4"
-    own = planted.analysis.heads[planted.analysis.heads["member_id"] == "m4"]
+    own = planted.analysis.heads
+    own = own[(own["member_id"] == "m4") & (own["relation"] == "collision")]
     row = planted.analysis.members[keep].to_dict("records")[0]
     head_rows, members = [], []
     for number, (width, seed) in enumerate((w, s) for w in widths for s in range(20)):
@@ -287,11 +292,11 @@ def test_large_sweeps_stay_bounded(planted, tmp_path):
 def test_many_layers_and_heads_stay_bounded(tmp_path):
     sweep = make_sweep(widths=(9,), seeds=1, model=ModelConfig(width=9, layers=17, heads=9))
     many = {(layer, head): ("never" if head else "emerged", 90) for layer in range(17) for head in range(9)}
-    made = Planted(sweep, {((9,), 0): many}, relations=("collision",))
+    made = Planted(sweep, {((9,), 0): many}, relations=("collision",), distance=False)
     page = write_report(tmp_path / "report", sweep, made.analysis, made.load, {}).read_text()
     assert panels(page) <= report.PANELS
     assert "strongest heads of a layer" in page
-    assert panels(page) == 7 + 15 + 2
+    assert panels(page) == 7 + 15 + 1
 
 
 def test_an_error_on_the_way_leaves_the_old_report(planted, tmp_path):
@@ -321,9 +326,41 @@ def test_an_older_report_is_replaced_as_a_whole(tmp_path):
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     made = Planted(make_sweep(), {((8,), 0): ("failed", "")})
-    with pytest.raises(ValueError, match=r"folder: .* it must be new, empty or an older report \(it holds thesis.tex\)"):
+    with pytest.raises(ValueError, match=r"folder: .* new, empty or an older report \(it holds thesis.tex\)"):
         write_report(tmp_path, made.sweep, made.analysis, made.load, {})
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_failing_rename_brings_the_old_folder_back(tmp_path):
+    folder, fresh, old = (tmp_path / name for name in ("report", "fresh", "old"))
+    folder.mkdir()
+    (folder / "report.html").write_text("old")
+    with pytest.raises(OSError):
+        report.swap(fresh, folder, old)  # there is nothing to rename
+    assert (folder / "report.html").read_text() == "old" and not old.exists()
+
+
+def test_scene_holds_real_tokens_only():
+    system, model = MaskedToy(), ModelConfig(width=8, layers=2, heads=2)
+    sweep = make_sweep(system=system)
+    scene = make_scene(system, model, make_weights(sweep, 8), (1, 0), "near")
+    count = len(scene.positions)
+    assert system.fewest <= count <= system.n
+    assert [step for step, _ in scene.attention] == [0, LAST]
+    for _, attention in scene.attention:
+        assert attention.shape == (count, count)
+        np.testing.assert_allclose(attention.sum(1), 1, rtol=1e-5)
+    asked = scene.related.any(1)
+    assert scene.uniform == pytest.approx((scene.related.sum(1) / count)[asked].mean())
+    assert not scene.wrap.any() and scene.radius is None and scene.size is None
+
+
+def test_ratio_band_is_that_of_the_mean_of_residuals():
+    score = np.array([0.2, 0.3, 0.4, np.nan], dtype=np.float32)
+    null = np.array([0.1, 0.1, 0.1, 0.1], dtype=np.float32)
+    ratio, band = ratio_band(score, null)
+    assert ratio == pytest.approx(3.0)
+    assert band == pytest.approx(2 * np.std([2, 3, 4], ddof=1) / np.sqrt(3), rel=1e-5)
 
 
 def test_evenly_keeps_the_ends():

@@ -1,0 +1,156 @@
+"""Whole sweeps through real Ray and real MLflow: the command a user types, again, extended, and broken off."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cluster import tracking
+from cluster.cli import main
+from cluster.pack import main as bare_main
+from cluster.recipes import tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+SMALL = ["--data.rows", "128", "--data.validation-rows", "16", "--probe.examples", "8", "--probe.sparse-examples", "4",
+         "--system.box.n", "6", "--system.box.radius", "0.1"]  # fmt: skip
+
+
+def start(folder, *arguments):
+    """`headway ...` in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+
+def headway(folder, *arguments, code=0):
+    process = start(folder, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    assert "Traceback" not in err, err
+    return out, err
+
+
+class Ledger:
+    """What MLflow has of the only sweep in a folder."""
+
+    def __init__(self, folder):
+        uri = tracking.resolve_uri(f"sqlite:///{folder}/mlflow.db")
+        self.client = tracking.connect(uri)
+        experiment = tracking.experiment_id(self.client, uri)
+        (self.parent,) = tracking.find_sweeps(self.client, experiment)
+        place = tracking.Place(uri=uri, experiment=experiment, parent=self.parent.info.run_id)
+        self.runs = tracking.children(self.client, place)
+        self.counted = tracking.counted(self.runs)
+
+    def statuses(self):
+        return sorted(run.info.status for run in self.runs)
+
+    def table(self, run, name, folder):
+        return pd.read_parquet(self.client.download_artifacts(run.info.run_id, name, str(folder)))
+
+
+def test_a_sweep_again_and_extended(tmp_path):
+    out, _ = headway(tmp_path, "sweep", "tiny", *SMALL)
+    assert "4 members trained in this call, 4 members in the sweep" in out
+    report = Path(re.search(r"report:\s+(\S+)", out).group(1))
+    assert report.is_file()
+    assert "headway ui" in out
+    assert "compareRunsMode=CHART" in out
+    first = Ledger(tmp_path)
+    assert first.parent.info.status == "FINISHED"
+    assert first.statuses() == ["FINISHED"] * 4
+    assert {member.id for member in tiny().members()}.isdisjoint(first.counted)  # the overrides are other members
+    artifacts = {item.path for item in first.client.list_artifacts(first.parent.info.run_id)}
+    assert artifacts == {"sweep.json", "analysis", "report"}
+    for run in first.runs:
+        names = {item.path for item in first.client.list_artifacts(run.info.run_id)}
+        assert names == {"curves.parquet", "figures.parquet", "weights.npz", "config.json"}
+        assert len(run.data.params) <= 8
+        assert len(run.data.metrics) <= 12
+        assert len(first.client.get_metric_history(run.info.run_id, "validation_loss")) > 20
+    digests = {member: run.data.tags["digest"] for member, run in first.counted.items()}
+
+    out, _ = headway(tmp_path, "sweep", "tiny", *SMALL)
+    assert "0 members trained in this call, 4 members in the sweep" in out
+    assert Ledger(tmp_path).statuses() == ["FINISHED"] * 4
+
+    out, _ = headway(tmp_path, "sweep", "tiny", *SMALL, "--seeds", "3")
+    assert "2 members trained in this call, 6 members in the sweep" in out
+    extended = Ledger(tmp_path)
+    assert extended.parent.info.run_id == first.parent.info.run_id
+    assert extended.statuses() == ["FINISHED"] * 6
+    assert {m: run.data.tags["digest"] for m, run in extended.counted.items() if m in digests} == digests
+
+    for command in (["status", "tiny"], ["report", "tiny"], ["status"]):
+        assert main_in(tmp_path, command) == 0
+
+
+def main_in(folder, arguments):
+    """The command in this process; it needs no Ray."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return main(arguments)
+    finally:
+        os.chdir(before)
+
+
+def wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_broken_off_and_gone_on_with_the_tables_are_those_of_an_undisturbed_run(tmp_path):
+    """SIGINT in the middle, then the same command: resumed from checkpoints, bit for bit; one rate diverges."""
+    folder = tmp_path / "service"
+    folder.mkdir()
+    sweep = ["tiny", *SMALL, "--widths", "8", "--train.steps", "700", "--axis", "train.learning_rate=0.001,1e9",
+             "--checkpoint-every", "0.5", "--pack-size", "2"]  # fmt: skip
+    process = start(folder, "sweep", *sweep)
+    checkpoints = lambda: list(folder.glob("headway-out/*/checkpoints/*.json"))  # noqa: E731
+    wait_for(lambda: checkpoints() or process.poll() is not None, 120)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip().splitlines()[-1].startswith("headway: stopped")
+    broken = Ledger(folder)
+    assert broken.parent.info.status == "KILLED"
+    assert "RUNNING" not in broken.statuses()
+    assert len(broken.counted) < 4
+    assert max(json.loads(path.read_text())["step"] for path in checkpoints()) > 0
+
+    out, _ = headway(folder, "sweep", *sweep)
+    done = Ledger(folder)
+    assert "RUNNING" not in done.statuses()
+    assert len(done.counted) == 4
+    outcomes = {(run.data.tags["learning_rate"], run.info.status) for run in done.counted.values()}
+    assert outcomes == {("0.001", "FINISHED"), ("1000000000.0", "FAILED")}
+    assert len(re.findall(r"diverged: width=8 .* diverged at step \d+", out)) == 2
+    assert not checkpoints()
+
+    stored = Path(done.client.download_artifacts(done.parent.info.run_id, "sweep.json", str(tmp_path)))
+    assert bare_main([str(stored), "--out", str(tmp_path / "bare"), "--device", "cpu", "--size", "4"]) == 0
+    for member, run in done.counted.items():
+        for name in ("curves", "figures"):
+            found = done.table(run, f"{name}.parquet", tmp_path)
+            with np.load(tmp_path / "bare" / "members" / member / f"{name}.npz") as expected:
+                assert set(found) == set(expected.files)
+                for column in set(found) - {"wall_time"}:
+                    np.testing.assert_array_equal(found[column].to_numpy(), expected[column], err_msg=column)
+
+
+def test_a_request_that_the_cluster_can_never_meet_is_refused(tmp_path):
+    _, err = headway(tmp_path, "sweep", "tiny", "--gpus", "3", code=2)
+    assert err.strip() == "headway: gpus: 3 is not allowed; it must be at most 0, all that one node has"
+    assert not (tmp_path / "headway-out").exists() or not any((tmp_path / "headway-out").iterdir())
