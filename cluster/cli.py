@@ -22,7 +22,7 @@ from rich.table import Table
 from cluster import tracking
 from cluster.analysis import load_analysis, load_sweep_config, number
 from cluster.display import Terminal, axis_titles, count, duration, show_plan, width_summary
-from cluster.driver import Desk, Outcome, Settings, analyze_again, comparison_path, make_report, run_sweep
+from cluster.driver import Desk, Outcome, Settings, analyze_again, make_report, run_sweep
 from cluster.encoding import require_known
 from cluster.plan import make_plan
 from cluster.recipes import RECIPES, load_sweep
@@ -198,7 +198,7 @@ def show_outcome(console: Console, sweep: Sweep, settings: Settings, outcome: Ou
     console.print(f"report:  {outcome.report}")
     ui = ["headway", "ui"] + (["--tracking-uri", settings.tracking_uri] if settings.tracking_uri else [])
     uri = tracking.resolve_uri(settings.tracking_uri)
-    link = comparison_path(outcome.place)
+    link = tracking.comparison_path(outcome.place)
     if uri.startswith("http"):
         console.print(f"compare: {uri.rstrip('/')}{link}", soft_wrap=True)
     else:
@@ -312,7 +312,7 @@ def ui_command(arguments: Sequence[str], console: Console) -> int:
     base = uri.rstrip("/") if uri.startswith("http") else f"http://{options.host}:{options.port}"
     for run in tracking.find_sweeps(client, experiment)[:10]:
         place = tracking.Place(uri=uri, experiment=experiment, parent=run.info.run_id)
-        console.print(f"{run.data.tags['sweep_id']}: {base}{comparison_path(place)}", soft_wrap=True)
+        console.print(f"{run.data.tags['sweep_id']}: {base}{tracking.comparison_path(place)}", soft_wrap=True)
     if uri.startswith("http"):
         return 0
     server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", options.host]

@@ -274,16 +274,8 @@ def make_report(desk: Desk, sweep: Sweep, place: Place, analysis: Analysis) -> P
     return path
 
 
-def comparison_path(place: Place) -> str:
-    """The page of the MLflow UI that compares this sweep's members."""
-    from urllib.parse import quote
-
-    search = quote(f"tags.`{tracking.PARENT}` = '{place.parent}'")
-    return f"/#/experiments/{place.experiment}/runs?searchFilter={search}&compareRunsMode=CHART"
-
-
 def comparison_hint(desk: Desk, place: Place) -> str:
     """The link to the comparison on a server, or the command that opens one on a local store."""
     if desk.uri.startswith("http"):
-        return desk.uri.rstrip("/") + comparison_path(place)
+        return desk.uri.rstrip("/") + tracking.comparison_path(place)
     return f"headway ui --tracking-uri {desk.uri}"

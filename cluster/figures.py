@@ -316,9 +316,7 @@ def draw_distance(portraits: Sequence[Portrait], contact: float | None) -> Figur
         ax.plot(r, g[0].reshape(-1, len(r)).T, color=GREY, lw=0.9, alpha=0.7)
         corr = mean_band(curve.values["corr"])[0][..., 0]
         texts = {key: f"{signed(corr[0][key])} → {signed(corr[-1][key])}" for key in np.ndindex(corr.shape[1:])}
-        _all_heads(
-            ax, r, np.clip(g[-1], 1e-9, None), error[-1], portrait, "head: corr(A, r), start → end", texts
-        )
+        _all_heads(ax, r, np.clip(g[-1], 1e-9, None), error[-1], portrait, "head: corr(A, r), start → end", texts)
         ax.set_xlabel("distance r (length units of the system)", fontsize=9.5)
         ax.set_ylabel("attention over its mean, g(r)", fontsize=9.5)
     return figure

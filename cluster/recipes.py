@@ -17,7 +17,7 @@ def quick() -> Sweep:
     """Two widths x four seeds of the particle box: collision heads come alive, in a few minutes on two cores."""
     return Sweep(
         name="quick",
-        widths=(16, 32),
+        widths=(32, 64),
         seeds=4,
         data=DataConfig(rows=16384),
         model=ModelConfig(layers=2, heads=4),

@@ -263,8 +263,27 @@ def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
     ledger = Ledger(client=client, place=place, driver=driver)
     ledger.beat()
     client.log_dict(place.parent, encode(sweep), "sweep.json")
+    share_view(client, place, sweep)
     ledger.start_beating()
     return ledger
+
+
+def share_view(client: MlflowClient, place: Place, sweep: Sweep) -> None:
+    """Store the view that `comparison_path` opens: this sweep's members as charts, grouped by its axes.
+
+    MLflow's pages keep a shared view as a tag of the experiment; parts left out stand at their defaults.
+    """
+    keys = [{"mode": "tag", "groupByData": name} for name in short_axes({"model.width": 0, **sweep.axes})]
+    view = {
+        "searchFilter": f"tags.`{PARENT}` = '{place.parent}' and tags.{KIND} = 'member'",
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": keys},
+    }
+    client.set_experiment_tag(place.experiment, f"mlflow.sharedViewState.{place.parent}", json.dumps(view))
+
+
+def comparison_path(place: Place) -> str:
+    """The page of MLflow that compares the sweep's members, below the address of its server."""
+    return f"/#/experiments/{place.experiment}/runs?viewStateShareKey={place.parent}&compareRunsMode=CHART"
 
 
 def require_free(parent: Run) -> None:

@@ -254,3 +254,19 @@ def test_width_aggregates_are_logged_once(store, ledger):
         tracking.log_points(client, ledger.place.parent, {"near/level": {16: 300.0, 32: 250.0}}, 5000)
     history = client.get_metric_history(ledger.place.parent, "near/level")
     assert sorted((m.step, m.value) for m in history) == [(16, 300.0), (32, 250.0)]
+
+
+def test_the_comparison_is_a_shared_view_grouped_by_the_axes(store):
+    client, uri = store
+    ledger = tracking.open_sweep(
+        client, uri, dataclasses.replace(SWEEP, name="v", axes={"train.learning_rate": (0.1,)})
+    )
+    path = tracking.comparison_path(ledger.place)
+    key = path.partition("viewStateShareKey=")[2].partition("&")[0]
+    tags = client.get_experiment(ledger.place.experiment).tags
+    view = json.loads(tags[f"mlflow.sharedViewState.{key}"])
+    assert [item["groupByData"] for item in view["groupBy"]["groupByKeys"]] == ["width", "learning_rate"]
+    logged(ledger, MEMBERS[:1])
+    found = client.search_runs([ledger.place.experiment], view["searchFilter"])
+    assert [run.data.tags["member_id"] for run in found] == [MEMBERS[0].id]
+    ledger.close("FINISHED")
