@@ -66,8 +66,8 @@ def connect(uri: str) -> MlflowClient:
         _require_healthy(uri)
     elif scheme != "sqlite" and "+" not in scheme and scheme not in ("postgresql", "mysql", "mssql"):
         raise TrackingError(f"tracking_uri: {uri!r} is not allowed; it must begin with http://, https:// or sqlite:///")
-    client = MlflowClient(tracking_uri=uri)
     try:
+        client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # any driver's own error: the store cannot be opened
         reason = str(error).strip().splitlines()[0]

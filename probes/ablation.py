@@ -42,14 +42,16 @@ def _groups(replicate: ProbeBatch, names: tuple[str, ...]) -> tuple[_Group, ...]
 
 
 def _group_names(replicates: tuple[ProbeBatch, ...]) -> tuple[str, ...]:
-    """"all" and the groups of a probe set, which all of its replicates must share."""
+    """ "all" and the groups of a probe set, which all of its replicates must share."""
     if not replicates:
         raise ValueError("replicates: got none, need at least one")
     names = tuple(replicates[0].groups)
     for r, replicate in enumerate(replicates):
         if "all" in replicate.groups or set(replicate.groups) != set(names):
-            raise ValueError(f"replicates[{r}].groups: got {sorted(replicate.groups)}, need the same names in every "
-                             f"replicate, none of them 'all'; the first has {sorted(names)}")
+            raise ValueError(
+                f"replicates[{r}].groups: got {sorted(replicate.groups)}, need the same names in every "
+                f"replicate, none of them 'all'; the first has {sorted(names)}"
+            )
     return ("all", *names)
 
 

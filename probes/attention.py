@@ -90,8 +90,10 @@ def relation_names(replicates: tuple[ProbeBatch, ...]) -> tuple[str, ...]:
     names = tuple(replicates[0].relations)
     for r, replicate in enumerate(replicates):
         if not names or set(replicate.relations) != set(names):
-            raise ValueError(f"replicates[{r}].relations: got {sorted(replicate.relations)}, need the same names, "
-                             f"at least one, in every replicate; the first has {sorted(names)}")
+            raise ValueError(
+                f"replicates[{r}].relations: got {sorted(replicate.relations)}, need the same names, "
+                f"at least one, in every replicate; the first has {sorted(names)}"
+            )
     return names
 
 

@@ -41,8 +41,10 @@ class EncoderView(FakeView):
         return x, patterns
 
     def _heads(self, attention, x, mask, now):
-        q, k, v = (p.unflatten(-1, (H, -1)).transpose(1, 2) for p in
-                   nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1))
+        q, k, v = (
+            p.unflatten(-1, (H, -1)).transpose(1, 2)
+            for p in nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+        )
         logits = (q @ k.mT / (D // H) ** 0.5).transpose(0, 1)  # [H, B, N, N]
         logits[list(now.pattern)] = 0.0
         pattern = logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1)

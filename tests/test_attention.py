@@ -163,8 +163,9 @@ def test_uniform_attention_over_nearest_keys_has_lift_one_by_both_nulls():
 @pytest.mark.parametrize("probe", [AttentionScores, lambda r: DistanceCorrelation(r, shell_edges(r, 5))])
 class TestWhatMayNotMatter:
     def same(self, probe, first, second, exact=False):
-        one, two = (probe(replicates).measure(PlantedView(replicates, attention)) for replicates, attention in
-                    (first, second))
+        one, two = (
+            probe(replicates).measure(PlantedView(replicates, attention)) for replicates, attention in (first, second)
+        )
         for column, values in one.values.items():
             np.testing.assert_allclose(two.values[column], values, rtol=0 if exact else 1e-4, atol=1e-6 * (not exact))
 
