@@ -67,7 +67,7 @@ class Terminal:
         self.steps = {pack.id: pack.start for pack in packs}
         members = sum(len(pack.members) for pack in packs)
         self.stage(f"training {count(members, 'member')} in {count(len(packs), 'pack')}")
-        self.total = self.bars.add_task("all", total=self._work_total(), note="")
+        self.total = self.bars.add_task("all", total=self._work_total(), note="workers are starting")
 
     def _work_total(self) -> int:
         return sum(len(p.members) * (p.config.train.steps - p.start) for p in self.by_id.values())
@@ -90,7 +90,7 @@ class Terminal:
 
     def _draw(self, pack: str, loss: float) -> None:
         if self.total is not None:
-            self.bars.update(self.total, completed=self._work_done())
+            self.bars.update(self.total, completed=self._work_done(), note="")
         last = self.by_id[pack].config.train.steps
         over = [name for name in self.tasks if self.steps[name] >= self.by_id[name].config.train.steps]
         if pack not in self.tasks:
@@ -98,8 +98,10 @@ class Terminal:
                 self.bars.remove_task(self.tasks.pop(name))
             first = self.by_id[pack].members[0]
             title = " ".join(f"{name} {value}" for name, value in short_axes(first.axes).items())
-            self.tasks[pack] = self.bars.add_task(f"  {title}", total=last, note="")
-        note = f"loss {loss:.4f}, {count(len(self.by_id[pack].members), 'member')}"
+            seeds = ",".join(dict.fromkeys(str(member.config.seed) for member in self.by_id[pack].members))
+            plural = "s" if "," in seeds else ""
+            self.tasks[pack] = self.bars.add_task(f"  {title} seed{plural} {seeds}", total=last, note="")
+        note = f"loss {loss:.4f}"
         self.bars.update(self.tasks[pack], completed=self.steps[pack], note=note)
 
     def analyzed(self, done: int, total: int) -> None:

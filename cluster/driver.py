@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from cluster.report import MemberData, write_report
 from cluster.store import FolderStore, open_store
 from cluster.sweep import Member, Pack, Sweep, packs, validate, versions
 from cluster.tracking import Ledger, Place
-from cluster.trial import TrialContext
+from cluster.trial import TrialContext, forget_attempts
 from sim.checks import require
 from train import checkpoint
 from train.checkpoint import decode_arrays
@@ -215,15 +215,15 @@ def retire(job: Job) -> None:
         if run.data.tags["member_id"] in wanted and tracking.is_settled(run):
             tracking.supersede(job.desk.client, run.info.run_id, "redo")
     files = open_store(job.desk.store(job.sweep))
-    for name in files.names(checkpoint.FOLDER):
-        if name.endswith(".json"):
-            checkpoint.remove(files, name)
+    for manifest in checkpoint.manifests(files, versions(), warn):
+        checkpoint.remove(files, manifest.name)
 
 
 def train(job: Job, missing: Sequence[Member]) -> None:
     """Pack what is missing, from the furthest checkpoints, and run the packs."""
     store = job.desk.store(job.sweep)
     files = open_store(store)
+    forget_attempts(files)
     starts = checkpoint.latest_steps(checkpoint.manifests(files, versions(), warn))
     cut = packs(missing, count_workers(job.resources), job.desk.settings.pack_size, starts)
     job.display.stage("making the pool of examples")
@@ -241,13 +241,11 @@ def train(job: Job, missing: Sequence[Member]) -> None:
     clear_checkpoints(files, settled.keys())
 
 
-def clear_checkpoints(files: checkpoint.Files, settled: object) -> None:
+def clear_checkpoints(files: checkpoint.Files, settled: Collection[str]) -> None:
     """Drop checkpoints of which every member is settled."""
-    for name in files.names(checkpoint.FOLDER):
-        if name.endswith(".json"):
-            found = [m for m in checkpoint.manifests(files, versions(), lambda _: None) if name.startswith(m.file[:-4])]
-            if found and all(member in settled for member in found[0].members):  # type: ignore[operator]
-                checkpoint.remove(files, name)
+    for manifest in checkpoint.manifests(files, versions(), warn):
+        if all(member in settled for member in manifest.members):
+            checkpoint.remove(files, manifest.name)
 
 
 def warn_of_code(parent: Run) -> None:

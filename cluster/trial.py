@@ -91,11 +91,20 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else device
 
 
+ATTEMPTS = "attempts"
+
+
+def forget_attempts(files: Files) -> None:
+    """Count from nothing: a driver that was stopped is no failure of its packs."""
+    for name in files.names(ATTEMPTS):
+        files.delete(name)
+
+
 class Attempts:
     """Counts how often a pack was started from the same step; kept in the store, so that a killed worker counts too."""
 
     def __init__(self, files: Files, pack: Pack) -> None:
-        self.files, self.pack, self.name = files, pack, f"attempts/{pack.id}.json"
+        self.files, self.name = files, f"{ATTEMPTS}/{pack.id}.json"
 
     def _read(self) -> dict[str, Any]:
         try:

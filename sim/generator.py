@@ -31,6 +31,15 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ _shift(z, 31)
 
 
+def _mix_number(number: int) -> int:
+    """`_mix` of one number, modulo 2^64 and signed: a label known to the host is mixed there, without a copy."""
+    z = number % (1 << 64)
+    z = ((z ^ (z >> 30)) * _MIX_1) % (1 << 64)
+    z = ((z ^ (z >> 27)) * _MIX_2) % (1 << 64)
+    z ^= z >> 31
+    return z - (1 << 64) if z >> 63 else z
+
+
 def key_of(*parts: object) -> int:
     """A signed 64-bit key from the text of `parts`: the same on every machine and in every Python process."""
     text = "\x1f".join(str(part) for part in parts).encode()
@@ -59,10 +68,10 @@ class Generator:
 
     def fold(self, label: str | int | Tensor) -> Generator:
         """The streams named by `label` under these: another purpose (a string) or another step (an integer)."""
-        if isinstance(label, str):
-            label = key_of(label)
-        offset = label.to(torch.int64) if isinstance(label, Tensor) else torch.tensor(label, device=self.key.device)
-        return Generator(_mix(self.key ^ _mix(offset * _GAMMA + _MIX_1)))
+        if isinstance(label, Tensor):
+            return Generator(_mix(self.key ^ _mix(label.to(torch.int64) * _GAMMA + _MIX_1)))
+        number = key_of(label) if isinstance(label, str) else label
+        return Generator(_mix(self.key ^ _mix_number(number * _GAMMA + _MIX_1)))
 
     def bits(self, *shape: int) -> Tensor:
         """Uniform int64 `[*lead, *shape]`."""

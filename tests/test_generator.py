@@ -159,3 +159,9 @@ def test_keys_are_the_same_in_another_process(generator):
     code = "from sim.generator import key_of; print(key_of('pool', 1))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == key_of("pool", 1)
+
+
+def test_labels_fold_alike_as_numbers_and_as_tensors():
+    stream = Generator.stack([0, 1, -(1 << 63), (1 << 63) - 1])
+    for label in (0, 1, -1, 12345, (1 << 63) - 1, -(1 << 63)):
+        assert torch.equal(stream.fold(label).key, stream.fold(torch.tensor(label)).key)

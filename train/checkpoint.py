@@ -55,6 +55,11 @@ class Manifest:
     checksum: str
     versions: Mapping[str, int]
 
+    @property
+    def name(self) -> str:
+        """The manifest's own file."""
+        return self.file.removesuffix(".npz") + ".json"
+
 
 def to_arrays(state: State) -> Arrays:
     """The state's tensors as arrays, under `state/`."""
