@@ -1,0 +1,216 @@
+"""A pack on a worker, without a cluster: its ledger entries, its failures counted, its restart from a checkpoint."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cluster import dispatch, tracking, trial
+from cluster.dispatch import Resources, count_workers, settle_resources
+from cluster.pack import Pace, make_pool
+from cluster.store import FolderStore
+from cluster.sweep import Pack
+from cluster.trial import ATTEMPTS, GIVE_UP, Attempts, TrialContext, forget_attempts, pool_name, to_parquet, train_pack
+from tests.test_pack import MEMBERS, SWEEP
+
+PACK = Pack(members=MEMBERS[:2])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    uri = tracking.resolve_uri(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+    return tracking.connect(uri), uri
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return make_pool(PACK.config).to_arrays()
+
+
+@pytest.fixture
+def worker(store, arrays, tmp_path, monkeypatch, request):
+    """`run()` trains the pack as Tune would; what it reports is in `reports`."""
+    client, uri = store
+    ledger = tracking.open_sweep(client, uri, dataclasses.replace(SWEEP, name=request.node.name))
+    context = TrialContext(
+        packs=(PACK,),
+        pools={pool_name(PACK.config): "the pool"},
+        place=ledger.place,
+        store=str(tmp_path / "store"),
+        pace=Pace(progress=0.0, checkpoint=0.0),
+    )
+    frozen = {name: np.array(value) for name, value in arrays.items()}
+    for value in frozen.values():
+        value.setflags(write=False)  # as the object store hands them out
+    reports = []
+    monkeypatch.setattr(trial.ray, "get", {"the pool": frozen}.__getitem__)
+    monkeypatch.setattr(trial.tune, "report", reports.append)
+    monkeypatch.setattr(trial, "REPORT_EVERY", 0.0)
+
+    class Worker:
+        def __init__(self):
+            self.client, self.ledger, self.reports = client, ledger, reports
+            self.files = FolderStore(tmp_path / "store")
+
+        def run(self):
+            train_pack({"pack": 0}, context)
+
+        def runs(self):
+            return tracking.children(client, ledger.place)
+
+    yield Worker()
+    ledger.close("FINISHED")
+
+
+def test_a_pack_goes_from_the_pool_to_the_ledger(worker):
+    worker.run()
+    assert sorted(run.info.status for run in worker.runs()) == ["FINISHED", "FINISHED"]
+    assert [report["step"] for report in worker.reports] == sorted(report["step"] for report in worker.reports)
+    assert worker.reports[-1]["step"] == 14
+    assert np.isfinite(worker.reports[-1]["loss"])
+    assert worker.files.names(ATTEMPTS) == []
+    run = worker.runs()[0]
+    assert len(worker.client.get_metric_history(run.info.run_id, "validation_loss")) == len(SWEEP.probe.steps(14))
+
+
+def test_a_restarted_pack_logs_no_point_twice_and_no_table_changes(worker, monkeypatch):
+    worker.run()
+    whole = {run.data.tags["member_id"]: run.data.tags["digest"] for run in worker.runs()}
+    for name in worker.files.names("checkpoints"):
+        worker.files.delete(name)
+    real, calls = trial.save_checkpoint, []
+
+    def save_and_die(files, pack, state, curves):
+        real(files, pack, state, curves)
+        calls.append(state.step)
+        if len(calls) == 5:
+            raise MemoryError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "save_checkpoint", save_and_die)
+        with pytest.raises(MemoryError):
+            worker.run()
+    assert "MemoryError: killed (test_trial.py:" in worker.files.get(worker.files.names(ATTEMPTS)[0]).decode()
+    worker.run()
+    last = [run for run in worker.runs() if run.info.status == "FINISHED"][:2]
+    for run in last:
+        history = worker.client.get_metric_history(run.info.run_id, "validation_loss")
+        assert [point.step for point in history] == list(SWEEP.probe.steps(14))
+        times = [point.timestamp for point in history]
+        assert times == sorted(times)
+    tables = [
+        tables_without_time(worker.client, run.info.run_id) for run in worker.runs() if run.info.status == "FINISHED"
+    ]
+    by_member = {}
+    for member, table in tables:
+        by_member.setdefault(member, []).append(table)
+    assert set(by_member) == set(whole)
+    for first, second in by_member.values():
+        pd.testing.assert_frame_equal(first, second)
+
+
+def tables_without_time(client, run_id):
+    member = client.get_run(run_id).data.tags["member_id"]
+    return member, pd.read_parquet(client.download_artifacts(run_id, "curves.parquet")).drop(columns="wall_time")
+
+
+def test_three_failures_at_the_same_step_give_up_with_the_cause(worker, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("bad weather")
+
+    monkeypatch.setattr(trial, "run_pack", fail)
+    for _ in range(GIVE_UP):
+        with pytest.raises(RuntimeError, match="bad weather"):
+            worker.run()
+    worker.run()  # gives up: returns, so that Tune does not try again
+    assert "failed 3 times from step 0: RuntimeError: bad weather (test_trial.py" in worker.reports[-1]["failed"]
+    worker.ledger.settle(running_too=True)
+    statuses = sorted(run.info.status for run in worker.runs())
+    assert statuses == ["FAILED"] * 2 + ["KILLED"] * 2 * GIVE_UP
+    failed = next(run for run in worker.runs() if run.info.status == "FAILED")
+    assert "bad weather" in failed.data.tags["cause"]
+    assert worker.ledger.settle(running_too=True) == {}
+    monkeypatch.undo()
+
+
+def test_failures_count_at_one_step_and_within_one_driver(tmp_path):
+    files = FolderStore(tmp_path)
+    attempts = Attempts(files, PACK)
+    for step in (0, 0, 5, 5, 5, 0):
+        assert attempts.begin(step) is None
+    assert "failed 3 times from step 5: the worker died" in attempts.begin(5)
+    for _ in range(3):
+        Attempts(files, PACK).begin(0)
+    forget_attempts(files)
+    assert Attempts(files, PACK).begin(0) is None
+
+
+def test_a_lost_device_ends_the_worker(worker, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def leave(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(trial.os, "_exit", leave)
+    for error, ended in (
+        (torch.AcceleratorError("illegal address"), Ended),
+        (torch.OutOfMemoryError("full"), RuntimeError),
+    ):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(trial, "run_pack", fail)
+        with pytest.raises(ended):
+            worker.run()
+
+
+def test_parquet_keeps_types_and_values():
+    table = {"step": np.array([1, 2]), "relation": np.array(["near", "near"]), "x": np.array([0.5, np.nan], np.float32)}
+    found = pd.read_parquet(io.BytesIO(to_parquet(table)))
+    assert list(found["relation"]) == ["near", "near"]
+    np.testing.assert_array_equal(found["x"].to_numpy(), table["x"])
+    assert found["x"].dtype == np.float32
+
+
+NODES = [
+    {"Alive": True, "Resources": {"CPU": 4.0}},
+    {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 2.0}},
+    {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "expected", "workers"),
+    [
+        (NODES, Resources(), {"cpu": 1.0, "gpu": 1.0}, 2),
+        (NODES, Resources(gpus=0.5), {"cpu": 1.0, "gpu": 0.5}, 4),
+        (NODES, Resources(gpus=0.0), {"cpu": 1.0}, 6),
+        (NODES[:1], Resources(), {"cpu": 1.0}, 4),
+        (NODES[:1], Resources(cpus=2.0), {"cpu": 2.0}, 2),
+    ],
+)
+def test_packs_take_gpus_where_there_are_any(monkeypatch, nodes, wanted, expected, workers):
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    total = {name: sum(node.get(name, 0.0) for node in alive) for name in ("CPU", "GPU")}
+    monkeypatch.setattr(dispatch.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(dispatch.ray, "cluster_resources", lambda: total)
+    assert settle_resources(wanted) == expected
+    assert count_workers(expected) == workers
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Resources(gpus=3.0), "gpus: 3 is not allowed; it must be at most 2"),
+        (Resources(cpus=5.0), "cpus: 5 is not allowed; it must be at most 4"),
+    ],
+)
+def test_what_no_node_has_is_refused(monkeypatch, wanted, message):
+    monkeypatch.setattr(dispatch.ray, "nodes", lambda: NODES)
+    with pytest.raises(ValueError, match=message):
+        settle_resources(wanted)
