@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +55,9 @@ def ray_cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
         raise ValueError(
             f"address: no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')!r} ({error})"
         ) from error
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints tracebacks; the ledger keeps the causes
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's handler would end us with the ledger untold
     try:
         yield
     finally:

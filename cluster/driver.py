@@ -21,7 +21,7 @@ from cluster.analysis import Analysis
 from cluster.dispatch import Resources, count_workers, make_pools, ray_cluster, run_packs, settle_resources
 from cluster.pack import Pace, warn
 from cluster.report import MemberData, write_report
-from cluster.store import FolderStore, open_store
+from cluster.store import open_store
 from cluster.sweep import Member, Pack, Sweep, packs, validate, versions
 from cluster.tracking import Ledger, Place
 from cluster.trial import TrialContext, forget_attempts
@@ -103,11 +103,7 @@ class Desk:
     def open(cls, settings: Settings) -> Desk:
         """Connect to the store and try the output folder. ValueError in one line if either fails."""
         out = settings.out.expanduser().absolute()
-        try:
-            FolderStore(out).put(".probe", b"")
-            FolderStore(out).delete(".probe")
-        except OSError as error:
-            raise ValueError(f"out: {str(settings.out)!r} cannot be written ({error.strerror or error})") from error
+        require_writable("out", out)
         uri = tracking.resolve_uri(settings.tracking_uri)
         return cls(client=tracking.connect(uri), uri=uri, out=out, settings=settings)
 
@@ -122,10 +118,23 @@ class Desk:
         return f"{root.rstrip('/')}/{sweep.id}" if root else str(self.out / sweep.id)
 
 
+def require_writable(name: str, url: str | Path) -> None:
+    """Raise ValueError unless a file can be written and deleted there."""
+    try:
+        files = open_store(url)
+        files.put(".probe", b"")
+        files.delete(".probe")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"{name}: {str(url)!r} cannot be written ({reason})") from error
+
+
 def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
     """Train what is missing, analyse everything, write the report. Ctrl-C and failures leave a truthful ledger."""
     members = validate(sweep)
     desk = Desk.open(settings)
+    if settings.store is not None:
+        require_writable("store", settings.store)
     for parent in tracking.find_sweeps(desk.client, desk.experiment, sweep.id):
         tracking.require_free(parent)
         warn_of_code(parent)

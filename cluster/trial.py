@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -109,7 +110,7 @@ class Attempts:
     def _read(self) -> dict[str, Any]:
         try:
             body: dict[str, Any] = json.loads(self.files.get(self.name))
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return {"starts": [], "cause": ""}
         return body
 
@@ -128,7 +129,8 @@ class Attempts:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119
         cause = f"{type(error).__name__}: {error} ({where})"
-        self.files.put(self.name, json.dumps({**self._read(), "cause": cause}).encode())
+        with contextlib.suppress(OSError):  # where the store itself is at fault, the error on its way says so
+            self.files.put(self.name, json.dumps({**self._read(), "cause": cause}).encode())
 
     def end(self) -> None:
         """Forget."""
