@@ -20,10 +20,10 @@ from scipy.stats import t as student
 
 from cluster.encoding import decode
 from cluster.sweep import Sweep
-from cluster.tracking import Place, log_points, now_ms, short_axes
+from cluster.tracking import Place, log_points, now_ms
 from probes.ablation import matters
 from probes.attention import lift
-from probes.emergence import Status, fit_emergence
+from probes.emergence import Status, fit_emergence, smooth
 
 STATUSES: tuple[str, ...] = get_args(Status)
 RISEN = ("emerged", "growing", "transient", "at_start")
@@ -33,7 +33,10 @@ CONFIDENCE = 0.9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseCurve:
-    """One probe's table of one member. relations: Q names; steps `[T]`; values `[T, L, H, Q, R]` by column."""
+    """One probe's table of one member. relations: Q names; steps `[T]`; values `[T, L, H, Q, R]` by column.
+
+    Columns of other probes are NaN throughout.
+    """
 
     relations: tuple[str, ...]
     steps: NDArray[np.int64]
@@ -51,25 +54,18 @@ def dense(table: pd.DataFrame, probe: str) -> DenseCurve:
     values = {
         column: rows[column].to_numpy(np.float32).reshape(shape)
         for column in rows.columns.difference([*keys, "probe", "wall_time"])
-        if rows[column].notna().any()
     }
     return DenseCurve(
         relations=tuple(sorted(rows["relation"].unique())), steps=np.sort(rows["step"].unique()), values=values
     )
 
 
-def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over 3 neighbouring probe steps, 2 at the ends; axis 0."""
-    padded = np.concatenate([np.full_like(values[:1], np.nan), values, np.full_like(values[:1], np.nan)])
-    return np.asarray(np.nanmean(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0))
-
-
 def analyze_heads(table: pd.DataFrame) -> list[dict[str, Any]]:
     """One row per (layer, head, relation) of a member: status, timescales with intervals, lifts, worth."""
     curve = dense(table, "attention")
     score = curve.values["score"].astype(float)
-    by_uniform = lift(curve.values["score"], curve.values["null_uniform"])
-    by_rows = smooth(lift(curve.values["score"], curve.values["null_rows"]))
+    by_uniform = along_steps(lift(curve.values["score"], curve.values["null_uniform"]))
+    by_rows = along_steps(lift(curve.values["score"], curve.values["null_rows"]))
     worth = head_worth(table)
     rows = []
     for layer, head, q in np.ndindex(score.shape[1:4]):
@@ -78,7 +74,7 @@ def analyze_heads(table: pd.DataFrame) -> list[dict[str, Any]]:
         if sound.sum() < 2:
             continue  # the relation is too rare in this probe set to say anything of it
         found = fit_emergence(curve.steps, score[:, layer, head, q][:, sound].T, null[:, sound].T)
-        lifts = smooth(by_uniform[:, layer, head, q])
+        lifts = by_uniform[:, layer, head, q]
         peak = int(np.argmax(lifts))
         rows.append(
             {
@@ -96,14 +92,20 @@ def analyze_heads(table: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
+def along_steps(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lifts `[T, ...]` smoothed over probe steps as those are that statuses and times come from."""
+    return np.moveaxis(smooth(np.moveaxis(values, 0, -1)), -1, 0)
+
+
 def head_worth(table: pd.DataFrame) -> dict[str, NDArray[Any]]:
     """At the last sparse step, by (layer, head): mean shares of what attention saves, and whether it matters."""
     curve = dense(table, "ablation")
     last = {name: values[-1, :, :, curve.relations.index("all")] for name, values in curve.values.items()}
     columns = ("ablation", "pattern", "only", "whole_layer", "redundancy")
-    empty = np.full(next(iter(last.values())).shape, np.nan, dtype=np.float32)
-    shares = {f"{name}_share": last.get(name, empty).mean(-1) for name in columns}
-    return {**shares, "matters": matters(last.get("pattern", empty))}
+    return {
+        **{f"{name}_share": last[name].mean(-1) for name in columns if name in last},
+        "matters": matters(last["pattern"]),
+    }
 
 
 def analyze_member(
@@ -125,7 +127,7 @@ def analyze_member(
         "best_head": f"{best['layer']}.{best['head']}" if best else "",
         "detectors": len(detectors),
         "risen": sum(row["status"] in RISEN for row in own),
-        "heads_that_matter": sum(bool(row["matters"]) for row in own),
+        "heads_that_matter": int(head_worth(table)["matters"].sum()),
         "last_step": int(figures["step"].iloc[-1]),
         "seconds": float(figures["wall_time"].iloc[-1] - figures["wall_time"].iloc[0]),
         **{str(name): float(value) for name, value in figure.items() if name not in ("step", "wall_time")},
@@ -151,27 +153,30 @@ def log_mean_interval(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def width_table(heads: pd.DataFrame, members: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
-    """One row per point along the axes and relation: shares by status, detectors, geometric means with intervals.
+    """One row per point along the axes and relation: members by outcome, heads by status, geometric means of times.
 
-    Times are averaged within a member first: members are the independent units, heads of one network are not.
+    Times are averaged within a member first: members are the independent units, heads of one network are not. t50 is
+    over risen heads; `t50_bounds` of these were still growing, so that theirs are lower bounds and so is the mean.
     """
     rows = []
     for key, group in heads.groupby([*axes, "relation"], sort=True):
-        values = dict(zip([*axes, "relation"], key, strict=True))
         by_member = group.groupby("member_id")
-        share, share_low, share_high = mean_interval(list(by_member["status"].apply(lambda s: s.isin(RISEN).mean())))
-        row: dict[str, Any] = {**values, "members": by_member.ngroups, "heads": len(group)}
+        own = members.loc[(members[[*axes]] == list(key[:-1])).all(axis=1), "outcome"].value_counts()
+        row: dict[str, Any] = dict(zip([*axes, "relation"], key, strict=True))
+        row |= {"members": int(own.get("finished", 0)), "diverged": int(own.get("diverged", 0))}
+        row |= {"lost": int(own.sum()) - row["members"] - row["diverged"], "heads": len(group)}
         row |= {name: int((group["status"] == name).sum()) for name in STATUSES}
-        row |= {"share_risen": share, "share_low": max(share_low, 0.0), "share_high": min(share_high, 1.0)}
+        share, low, high = mean_interval(list(by_member["status"].apply(lambda s: s.isin(RISEN).mean())))
+        row |= {"share_risen": share, "share_low": max(low, 0.0), "share_high": min(high, 1.0)}
         detectors = group[group["detector"]]
-        row["detectors_per_member"] = len(detectors) / by_member.ngroups
+        row["detectors_per_member"] = len(detectors) / max(row["members"], 1)
         best = detectors.loc[detectors.groupby("member_id")["lift_peak"].idxmax()] if len(detectors) else detectors
-        row["members_without_detector"] = by_member.ngroups - len(best)
+        row["members_without_detector"] = row["members"] - len(best)
         row |= dict(zip(("level", "level_low", "level_high"), log_mean_interval(list(best["level"])), strict=True))
         risen = group[group["status"].isin(RISEN) & group["t50"].gt(0)]
         t50 = risen.groupby("member_id")["t50"].apply(lambda t: float(np.exp(np.log(t).mean())))
         row |= dict(zip(("t50", "t50_low", "t50_high"), log_mean_interval(list(t50)), strict=True))
-        rows.append(row)
+        rows.append({**row, "t50_bounds": int((risen["status"] == "growing").sum())})
     return pd.DataFrame(rows)
 
 
@@ -233,9 +238,9 @@ def analyze_sweep(
         on_member(done, len(finished))
     settled = [run for run in runs.values() if run.info.status != "FINISHED"]
     for run in [*settled, *failed]:
-        outcome = run.data.tags.get("outcome", "failed")
-        members.append({**member_keys(run, sweep), "outcome": outcome, "cause": run.data.tags.get("cause", "")})
-    analysis = tabulate(heads, members, axis_names(sweep))
+        outcome, cause = run.data.tags.get("outcome", "failed"), run.data.tags.get("cause", "its worker was stopped")
+        members.append({**member_keys(run, sweep), "outcome": outcome, "cause": cause})
+    analysis = tabulate(heads, members, sweep.axis_names)
     save(client, place, analysis)
     return analysis
 
@@ -243,8 +248,13 @@ def analyze_sweep(
 def tabulate(heads: list[dict[str, Any]], members: list[dict[str, Any]], axes: Sequence[str]) -> Analysis:
     """Rows as tables in a stable order, whatever order they came in."""
     order = [*axes, "seed"]
-    member_table = pd.DataFrame(members)
-    head_table = pd.DataFrame(heads)
+    member_table, head_table = pd.DataFrame(members), pd.DataFrame(heads)
+    for name in axes:
+        if any(
+            isinstance(row[name], str) for row in members
+        ):  # one type a column: None or auto beside numbers are texts
+            for table in (member_table, head_table):
+                table[name] = table[name].astype(str) if name in table else None
     if not member_table.empty:
         member_table = member_table.sort_values([*order, "member_id"], ignore_index=True)
     if head_table.empty:
@@ -253,15 +263,10 @@ def tabulate(heads: list[dict[str, Any]], members: list[dict[str, Any]], axes: S
     return Analysis(heads=head_table, members=member_table, widths=width_table(head_table, member_table, axes))
 
 
-def axis_names(sweep: Sweep) -> list[str]:
-    """Columns that the sweep's axes have in the tables; width first."""
-    return list(short_axes({"model.width": None, **sweep.axes}))
-
-
 def member_keys(run: Run, sweep: Sweep) -> dict[str, Any]:
     """What names a member in the tables."""
     tags = run.data.tags
-    axes = {name: number(tags[name]) for name in axis_names(sweep)}
+    axes = {name: number(tags[name]) for name in sweep.axis_names}
     return {"member_id": tags["member_id"], "run_id": run.info.run_id, **axes, "seed": int(tags["seed"])}
 
 
@@ -299,11 +304,11 @@ def _stream(place: Place, judged: str, runs: Mapping[str, Run]) -> Iterator[tupl
 
 
 def save(client: MlflowClient, place: Place, analysis: Analysis) -> None:
-    """`heads.parquet`, `members.parquet`, `widths.parquet`, `sweep_summary.json` and width curves on the parent run."""
+    """`heads.parquet`, `members.parquet`, `widths.parquet`, `sweep.json` and width curves on the parent run."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("heads", "members", "widths"):
             getattr(analysis, name).to_parquet(Path(folder) / f"{name}.parquet", index=False)
-        (Path(folder) / "summary.json").write_text(json.dumps(summary(analysis), indent=1))
+        (Path(folder) / "sweep.json").write_text(json.dumps(summary(analysis), indent=1))
         client.log_artifacts(place.parent, folder, "analysis")
     log_width_curves(client, place, analysis.widths)
 
@@ -328,7 +333,7 @@ def log_width_curves(client: MlflowClient, place: Place, widths: pd.DataFrame) -
         return
     points: dict[str, dict[int, float]] = {}
     for relation, group in widths.groupby("relation"):
-        for column in ("level", "t50", "share_risen", "detectors_per_member"):
+        for column in ("level", "share_risen", "detectors_per_member"):
             name = f"{relation}/{column}"
             known = {metric.step: metric.value for metric in client.get_metric_history(place.parent, name)}
             series = {int(width): float(value) for width, value in zip(group["width"], group[column], strict=True)}

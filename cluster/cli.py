@@ -15,19 +15,19 @@ from typing import Annotated, Any
 
 import tyro
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cluster import tracking
 from cluster.analysis import load_analysis, load_sweep_config, number
-from cluster.display import Terminal, axis_titles, count, duration, show_plan, width_summary
+from cluster.display import Terminal, count, duration, show_plan, width_summary
 from cluster.driver import Desk, Outcome, Settings, analyze_again, make_report, run_sweep
 from cluster.encoding import require_known
 from cluster.plan import make_plan
 from cluster.recipes import RECIPES, load_sweep
 from cluster.sweep import Sweep, packs, validate
-from cluster.tracking import short_axes
 
 USAGE = """\
 headway COMMAND ...
@@ -41,6 +41,8 @@ headway COMMAND ...
 
 `headway COMMAND --help` tells more. RECIPE is a name, or the .json of a stored sweep; SWEEP is a name or an id."""
 
+WORDS: dict[str, bool | None] = {"None": None, "True": True, "False": False}
+AXIS_HELP = "A further axis, NAME=VALUE,VALUE,...; may be given several times."
 SWEEP_HELP = """Train a sweep, measure every head as it learns, and write a report.
 
 Every member (width x seed) is a run in MLflow under one parent. Running the same sweep again trains only what is
@@ -126,7 +128,7 @@ def sweep_form(default: Sweep) -> tuple[Any, Any]:
         [
             ("sweep", Annotated[kind, options]),
             ("settings", Annotated[Settings, options]),
-            ("axis", Annotated[tuple[str, ...], tyro.conf.arg(help="Further axes, each NAME=VALUE,VALUE,...")], ()),
+            ("axis", Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=AXIS_HELP)], ()),
             (
                 "dry_run",
                 Annotated[bool, tyro.conf.arg(help="Print the plan, measured here, and start nothing.")],
@@ -139,14 +141,14 @@ def sweep_form(default: Sweep) -> tuple[Any, Any]:
     return form, form(sweep=kind(**values), settings=Settings())
 
 
-def parse_axes(items: Sequence[str]) -> dict[str, tuple[float | int | str, ...]]:
+def parse_axes(items: Sequence[str]) -> dict[str, tuple[float | int | str | bool | None, ...]]:
     """`train.learning_rate=0.001,0.002` as a name and its values. ValueError for another form, or a repeated name."""
-    axes: dict[str, tuple[float | int | str, ...]] = {}
+    axes: dict[str, tuple[float | int | str | bool | None, ...]] = {}
     for item in items:
         name, equals, values = item.partition("=")
         if not (name and equals and values) or name in axes:
             raise ValueError(f"axis: {item!r} is not allowed; it must be NAME=VALUE,VALUE,..., each name once")
-        axes[name] = tuple(number(value) for value in values.split(","))
+        axes[name] = tuple(WORDS.get(value, number(value)) for value in values.split(","))
     return axes
 
 
@@ -166,7 +168,7 @@ def sweep_command(arguments: Sequence[str], console: Console) -> int:
     with Terminal(console) as display:
         outcome = run_sweep(sweep, options.settings, display)
     show_outcome(console, sweep, options.settings, outcome)
-    return 1 if outcome.failed else 0
+    return 1 if outcome.failed or (outcome.analysis.members["outcome"] == "not analysed").any() else 0
 
 
 def dry_run(sweep: Sweep, settings: Settings, console: Console) -> int:
@@ -176,7 +178,7 @@ def dry_run(sweep: Sweep, settings: Settings, console: Console) -> int:
     if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists():
         client = tracking.connect(uri)
         done = tracking.settled_members(client, uri, sweep)
-    workers = settings.workers or len(os.sched_getaffinity(0))
+    workers = settings.workers or os.cpu_count() or 1
     cut = packs([m for m in members if m.id not in done], workers, settings.pack_size)
     show_plan(console, sweep, make_plan(cut, workers, len(members) - sum(len(p.members) for p in cut)))
     return 0
@@ -184,7 +186,7 @@ def dry_run(sweep: Sweep, settings: Settings, console: Console) -> int:
 
 def show_outcome(console: Console, sweep: Sweep, settings: Settings, outcome: Outcome) -> None:
     """The closing table, what failed, and where to look next."""
-    axes = axis_titles(sweep)
+    axes = sweep.axis_names
     if len(outcome.analysis.widths):
         console.print(width_summary(outcome.analysis.widths, sweep.system.relation, axes))
     members = outcome.analysis.members
@@ -216,7 +218,7 @@ def named(arguments: Sequence[str], options: Any, prog: str, description: str) -
 
 def open_named(name: str, settings: Settings) -> tuple[Desk, Run, Sweep]:
     """The desk, the parent run and the config of a sweep in the ledger."""
-    desk = Desk.open(settings)
+    desk = Desk.open(settings, make=False)
     parent = tracking.find_sweep(desk.client, desk.experiment, name)
     return desk, parent, load_sweep_config(desk.client, parent.info.run_id)
 
@@ -249,7 +251,7 @@ def status_command(arguments: Sequence[str], console: Console) -> int:
     rest = arguments[1:] if name else arguments
     options = parse(StoreOptions, rest, StoreOptions(), "headway status", "Sweeps in the ledger, or members of one.")
     uri = tracking.resolve_uri(options.tracking_uri)
-    client = tracking.connect(uri)
+    client = tracking.connect(uri, make=False)
     experiment = tracking.experiment_id(client, uri)
     if name is None:
         table = Table("sweep", "system", "status", "begun", "code")
@@ -271,22 +273,20 @@ def when(run: Run) -> str:
 
 
 def show_members(console: Console, sweep: Sweep, runs: Sequence[Run]) -> None:
-    """How many members of the sweep stand where, and every failure with its cause."""
-    counted = {run.data.tags["member_id"]: run for run in runs if tracking.is_settled(run)}
-    state = {run.data.tags["member_id"]: run.info.status.lower() for run in runs if run.info.status != "KILLED"}
+    """How many members of the sweep stand where, and the cause of every failure that still stands."""
+    counted, last = tracking.counted(runs), tracking.last_runs(runs)
+    state = {member: run.info.status.lower() for member, run in last.items() if run.info.status != "KILLED"}
     state |= {member: run.data.tags.get("outcome", "finished") for member, run in counted.items()}
-    members = sweep.members()
-    table = Table(
-        *axis_titles(sweep), "members", *(columns := ["finished", "running", "diverged", "failed", "missing"])
-    )
+    columns = ["finished", "running", "diverged", "failed", "missing"]
+    table = Table(*sweep.axis_names, "members", *columns)
     points: dict[tuple[str, ...], list[str]] = {}
-    for member in members:
-        points.setdefault(tuple(short_axes(member.axes).values()), []).append(state.get(member.id, "missing"))
+    for member in sweep.members():
+        points.setdefault(tuple(map(str, member.point.values())), []).append(state.get(member.id, "missing"))
     for point, states in points.items():
         table.add_row(*point, str(len(states)), *(str(states.count(column)) for column in columns))
     console.print(f"[bold]{escape(sweep.id)}[/bold]")
     console.print(table)
-    for run in runs:
+    for run in {**last, **counted}.values():
         if run.info.status == "FAILED":
             console.print(
                 f"[red]{escape(run.info.run_name)}[/red]: {escape(run.data.tags.get('cause', 'no cause kept'))}"
@@ -307,7 +307,7 @@ def ui_command(arguments: Sequence[str], console: Console) -> int:
     text = "Serve MLflow's pages of a local store on this machine and print the link to the comparison."
     options = parse(UiOptions, arguments, UiOptions(), "headway ui", text)
     uri = tracking.resolve_uri(options.tracking_uri)
-    client = tracking.connect(uri)
+    client = tracking.connect(uri, make=False)
     experiment = tracking.experiment_id(client, uri)
     base = uri.rstrip("/") if uri.startswith("http") else f"http://{options.host}:{options.port}"
     for run in tracking.find_sweeps(client, experiment)[:10]:
@@ -351,8 +351,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"headway: {error}", file=sys.stderr)
         return 2
+    except MlflowException as error:
+        print(f"headway: MLflow: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("headway: stopped; the ledger says what is done, the same command goes on from there", file=sys.stderr)
+        goes_on = "; the ledger says what is done, the same command goes on from there" if command == "sweep" else ""
+        print(f"headway: stopped{goes_on}", file=sys.stderr)
         return 130
 
 

@@ -9,7 +9,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -23,22 +22,15 @@ import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 
-from cluster.pack import make_pool
-from cluster.sweep import MemberConfig, Pack
+from cluster.sweep import MemberConfig, Pack, part_sizes
 from cluster.trial import TrialContext, pool_name, train_pack
+from sim.checks import require
+from sim.pool import Pool
 
 RETRIES = 12  # of one trial; a pack gives up by itself sooner, after three failures at one step
 
 OnProgress = Callable[[str, int, float, str], None]
 """Called with pack id, step, mean training loss and the cause of failure ('' while sound)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What one pack takes of the cluster. gpus: None: one whole GPU where the cluster has any, else none."""
-
-    cpus: float = 1.0
-    gpus: float | None = None
 
 
 @contextmanager
@@ -64,40 +56,47 @@ def ray_cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def settle_resources(wanted: Resources) -> dict[str, float]:
-    """What each trial asks for, and not more than the cluster can ever give on one node: ValueError otherwise."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    most = {name: max((node.get(name.upper(), 0.0) for node in nodes), default=0.0) for name in ("cpu", "gpu")}
-    gpus = wanted.gpus if wanted.gpus is not None else min(1.0, most["gpu"])
-    for name, asked in (("cpu", wanted.cpus), ("gpu", gpus)):
-        if asked < 0 or asked > most[name]:
-            raise ValueError(
-                f"{name}s: {asked:g} is not allowed; it must be at most {most[name]:g}, all that one node has"
-            )
-    return {"cpu": wanted.cpus, "gpu": gpus} if gpus else {"cpu": wanted.cpus}
+def settle_resources(wanted: float | None) -> dict[str, float]:
+    """What each trial asks for: one CPU and the GPUs wanted (None: one where there are any). Or ValueError."""
+    most = max((node.get("GPU", 0.0) for node in nodes()), default=0.0)
+    gpus = wanted if wanted is not None else min(1.0, most)
+    require(gpus <= most, "gpus", gpus, f"at most {most:g}, all that one node has")
+    require(gpus <= 1 or gpus == int(gpus), "gpus", gpus, "at most 1, or a whole number")
+    resources = {"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": 1.0}
+    found = "; ".join(", ".join(f"{name} {node.get(name, 0.0):g}" for name in ("CPU", "GPU")) for node in nodes())
+    require(
+        slots(resources) > 0, "gpus", gpus, f"such that one node has it and a CPU beside it (the nodes have {found})"
+    )
+    return resources
 
 
-def count_workers(resources: Mapping[str, float]) -> int:
-    """How many trials the cluster can run at once."""
-    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    slots = [total.get(name.upper(), 0.0) / amount for name, amount in resources.items() if amount > 0]
-    return max(1, int(min(slots, default=1)))
+def nodes() -> list[dict[str, float]]:
+    """Resources of the nodes that are alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def slots(resources: Mapping[str, float]) -> int:
+    """How many trials the cluster can run at once: the sum over nodes, as no trial spans two."""
+    each = (min(node.get(name, 0.0) / amount for name, amount in resources.items()) for node in nodes())
+    return sum(int(room + 1e-9) for room in each)
 
 
 def make_pools(packs: Sequence[Pack]) -> dict[str, Any]:
     """The pools of all packs, each made once by a Ray task and left in the object store: references by `pool_name`."""
     configs = {pool_name(pack.config): pack.config for pack in packs}
-    task = ray.remote(num_cpus=1, max_retries=2)(_pool_arrays)
-    references = {name: task.remote(config) for name, config in configs.items()}
-    ray.wait(list(references.values()), num_returns=len(references), fetch_local=False)
-    return references
+    task = ray.remote(num_cpus=1, max_retries=2, num_returns=2)(_pool_arrays)
+    made: dict[str, Any] = {name: task.remote(config) for name, config in configs.items()}
+    ray.get(
+        [done for _, done in made.values()]
+    )  # the small half: it brings errors, and leaves the arrays where they are
+    return {name: arrays for name, (arrays, _) in made.items()}
 
 
-def _pool_arrays(config: MemberConfig) -> dict[str, Any]:
+def _pool_arrays(config: MemberConfig) -> tuple[dict[str, Any], None]:
     import torch
 
     torch.set_num_threads(1)
-    return make_pool(config).to_arrays()
+    return Pool.make(config.system, config.data.seed, part_sizes(config)).to_arrays(), None
 
 
 class _Progress(Callback):
@@ -123,7 +122,9 @@ class _Progress(Callback):
 
 def run_packs(context: TrialContext, resources: Mapping[str, float], on_progress: OnProgress) -> None:
     """Run one trial per pack and wait for all. Failures are told through `on_progress`; the ledger has their causes."""
-    trainable = tune.with_resources(tune.with_parameters(train_pack, context=context), dict(resources))
+    trainable = tune.with_resources(
+        tune.with_parameters(train_pack, context=context), {name.lower(): amount for name, amount in resources.items()}
+    )
     with tempfile.TemporaryDirectory(prefix="headway-tune-") as folder:
         tuner = Tuner(
             trainable,

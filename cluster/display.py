@@ -16,7 +16,6 @@ from rich.table import Table
 from cluster.analysis import STATUSES
 from cluster.plan import Plan, describe, shape_name
 from cluster.sweep import Pack, Sweep
-from cluster.tracking import short_axes
 
 LINE_EVERY = 15.0  # seconds between plain lines
 SHOWN = 6  # packs with a bar of their own at one time
@@ -97,7 +96,7 @@ class Terminal:
             for name in over[: max(0, len(self.tasks) - SHOWN + 1)]:
                 self.bars.remove_task(self.tasks.pop(name))
             first = self.by_id[pack].members[0]
-            title = " ".join(f"{name} {value}" for name, value in short_axes(first.axes).items())
+            title = " ".join(f"{name} {value}" for name, value in first.point.items())
             seeds = ",".join(dict.fromkeys(str(member.config.seed) for member in self.by_id[pack].members))
             plural = "s" if "," in seeds else ""
             self.tasks[pack] = self.bars.add_task(f"  {title} seed{plural} {seeds}", total=last, note="")
@@ -123,12 +122,12 @@ def show_plan(console: Console, sweep: Sweep, plan: Plan) -> None:
     console.print(
         f"[bold]{escape(sweep.id)}[/bold]: {describe(plan.packs[0].config) if plan.packs else 'nothing to train'}"
     )
-    table = Table("packs", "members each", *axis_titles(sweep), "steps", "ms a step", "minutes a pack")
+    table = Table("packs", "members each", *sweep.axis_names, "steps", "ms a step", "minutes a pack")
     for name in dict.fromkeys(map(shape_name, plan.packs)):
         alike = [pack for pack in plan.packs if shape_name(pack) == name]
         cost, first = plan.costs[name], alike[0]
-        points = [short_axes(member.axes) for pack in alike for member in pack.members]
-        values = [", ".join(dict.fromkeys(point[axis] for point in points)) for axis in points[0]]
+        points = [member.point for pack in alike for member in pack.members]
+        values = [", ".join(dict.fromkeys(str(point[axis]) for point in points)) for axis in points[0]]
         steps, minutes = f"{first.start:,}..{first.config.train.steps:,}", cost.seconds(first) / 60
         table.add_row(
             str(len(alike)), str(len(first.members)), *values, steps, f"{1000 * cost.step:.1f}", f"{minutes:.1f}"
@@ -140,11 +139,6 @@ def show_plan(console: Console, sweep: Sweep, plan: Plan) -> None:
         f"memory of the largest pack {size(plan.memory)} (a worker takes 0.5 GB before that), "
         f"disk {size(plan.disk)}. Nothing was started."
     )
-
-
-def axis_titles(sweep: Sweep) -> list[str]:
-    """Column titles for the sweep's axes."""
-    return list(short_axes({"model.width": 0, **sweep.axes}))
 
 
 def duration(seconds: float) -> str:

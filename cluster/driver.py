@@ -7,9 +7,10 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import ray
 from mlflow import MlflowClient
@@ -18,16 +19,18 @@ from mlflow.entities import Run
 from cluster import analysis as analyses
 from cluster import tracking
 from cluster.analysis import Analysis
-from cluster.dispatch import Resources, count_workers, make_pools, ray_cluster, run_packs, settle_resources
+from cluster.dispatch import make_pools, ray_cluster, run_packs, settle_resources, slots
 from cluster.pack import Pace, warn
-from cluster.report import MemberData, write_report
+from cluster.report import MemberData, require_replaceable, write_report
 from cluster.store import open_store
 from cluster.sweep import Member, Pack, Sweep, packs, validate, versions
 from cluster.tracking import Ledger, Place
 from cluster.trial import TrialContext, forget_attempts
 from sim.checks import require
+from sim.generator import Generator
 from train import checkpoint
 from train.checkpoint import decode_arrays
+from train.config import ModelConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +46,7 @@ class Settings:
     store: str | None = None
     """Folder or object-store URL for checkpoints; several nodes need one that all can reach."""
     workers: int | None = None
-    """CPU cores of a local cluster. Default: all."""
-    cpus: float = 1.0
-    """CPU cores a pack takes."""
+    """CPU cores of a local cluster, one for each pack at work. Default: all."""
     gpus: float | None = None
     """GPUs a pack takes, a fraction to share one. Default: 1 where the cluster has GPUs, else 0."""
     pack_size: int | None = None
@@ -56,10 +57,13 @@ class Settings:
     """Train members again that are done; their old runs leave the count."""
 
     def __post_init__(self) -> None:
-        for name in ("cpus", "gpus", "workers", "pack_size", "checkpoint_every"):
+        for name in ("gpus", "workers", "pack_size", "checkpoint_every"):
             value = getattr(self, name)
             allowed = value is None or (math.isfinite(value) and (value > 0 or (name, value) == ("gpus", 0)))
             require(allowed, name, value, "a finite number above 0")
+        require(
+            self.workers is None or self.address is None, "workers", self.workers, "left out where address is given"
+        )
 
 
 class Display(Protocol):
@@ -100,12 +104,12 @@ class Desk:
     settings: Settings = field(default_factory=Settings)
 
     @classmethod
-    def open(cls, settings: Settings) -> Desk:
+    def open(cls, settings: Settings, make: bool = True) -> Desk:
         """Connect to the store and try the output folder. ValueError in one line if either fails."""
         out = settings.out.expanduser().absolute()
         require_writable("out", out)
         uri = tracking.resolve_uri(settings.tracking_uri)
-        return cls(client=tracking.connect(uri), uri=uri, out=out, settings=settings)
+        return cls(client=tracking.connect(uri, make), uri=uri, out=out, settings=settings)
 
     @property
     def experiment(self) -> str:
@@ -135,12 +139,15 @@ def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
     desk = Desk.open(settings)
     if settings.store is not None:
         require_writable("store", settings.store)
+    require_replaceable(desk.out / sweep.id / "report")
+    for config in {replace(member.config, model=ModelConfig(), train=TrainConfig(), seed=0) for member in members}:
+        config.system.rows("train", 1, Generator.of("can it be made at all"))
     for parent in tracking.find_sweeps(desk.client, desk.experiment, sweep.id):
         tracking.require_free(parent)
         warn_of_code(parent)
     display.stage("starting Ray")
     with ray_cluster(settings.address, settings.workers):
-        resources = settle_resources(Resources(cpus=settings.cpus, gpus=settings.gpus))
+        resources = settle_resources(settings.gpus)
         with held_ledger(desk, sweep) as ledger:
             return _run(Job(desk, sweep, members, ledger, resources, display))
 
@@ -152,9 +159,11 @@ def held_ledger(desk: Desk, sweep: Sweep) -> Iterator[Ledger]:
     try:
         yield ledger
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
+    except ValueError as error:  # the input was good: this is a failure of the work
+        raise RuntimeError(f"the sweep was broken off by {error!r}") from error
     finally:
         ray.shutdown()
         ledger.settle(running_too=True)
@@ -199,9 +208,8 @@ def analyze(
 ) -> tuple[Analysis, Path]:
     """Tables over all counted members, and over those of which every run failed; and the report."""
     display.stage("analysing heads")
-    runs = tracking.children(desk.client, place)
-    failed = {run.data.tags["member_id"]: run for run in runs if run.info.status == "FAILED"}
-    lost = [run for member, run in sorted(failed.items()) if member not in counted]
+    last = tracking.last_runs(tracking.children(desk.client, place))
+    lost = [run for member, run in last.items() if member not in counted and run.info.status in ("FAILED", "KILLED")]
     analysis = analyses.analyze_sweep(desk.client, place, sweep, counted, lost, display.analyzed)
     display.stage("writing the report")
     return analysis, make_report(desk, sweep, place, analysis)
@@ -234,7 +242,7 @@ def train(job: Job, missing: Sequence[Member]) -> None:
     files = open_store(store)
     forget_attempts(files)
     starts = checkpoint.latest_steps(checkpoint.manifests(files, versions(), warn))
-    cut = packs(missing, count_workers(job.resources), job.desk.settings.pack_size, starts)
+    cut = packs(missing, slots(job.resources), job.desk.settings.pack_size, starts)
     job.display.stage("making the pool of examples")
     pools = make_pools(cut)
     job.display.packs(cut)
@@ -245,7 +253,12 @@ def train(job: Job, missing: Sequence[Member]) -> None:
         store=store,
         pace=Pace(checkpoint=job.desk.settings.checkpoint_every),
     )
-    run_packs(context, job.resources, job.display.progress)
+
+    def on_progress(pack: str, step: int, loss: float, failed: str) -> None:
+        job.ledger.require_held()
+        job.display.progress(pack, step, loss, failed)
+
+    run_packs(context, job.resources, on_progress)
     settled = job.ledger.settle(running_too=True)
     clear_checkpoints(files, settled.keys())
 
@@ -285,4 +298,6 @@ def comparison_hint(desk: Desk, place: Place) -> str:
     """The link to the comparison on a server, or the command that opens one on a local store."""
     if desk.uri.startswith("http"):
         return desk.uri.rstrip("/") + tracking.comparison_path(place)
-    return f"headway ui --tracking-uri {desk.uri}"
+    parts = urlsplit(desk.uri)
+    shown = desk.uri.replace(f":{parts.password}@", ":...@") if parts.password else desk.uri
+    return f"headway ui --tracking-uri {shown}"

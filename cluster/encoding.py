@@ -25,9 +25,7 @@ def encode(value: Any) -> Any:
         body = {
             item.name: _encode_field(getattr(value, item.name), hints[item.name]) for item in dataclasses.fields(value)
         }
-        return (
-            {"type": system_name(cast(System, value)), **body} if isinstance(value, tuple(SYSTEMS.values())) else body
-        )
+        return {"type": system_name(value), **body} if isinstance(value, System) else body
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
     return [encode(item) for item in value] if isinstance(value, tuple | list) else value

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from cluster.analysis import DenseCurve, dense, smooth
+from cluster.analysis import DenseCurve, along_steps, dense
 from probes.ablation import LEAST_SHARE
 from probes.attention import lift
 from probes.emergence import LEVEL_LIFT, STEP_ZERO
@@ -265,7 +265,7 @@ def _lift_panel(
     ends = []
     for row in rows.to_dict("records"):
         key = (int(row["layer"]), int(row["head"]))
-        colour, line = colours.get(key, GREY), smooth(ratio[:, key[0], key[1]])
+        colour, line = colours.get(key, GREY), along_steps(ratio[:, key[0], key[1]])
         band = error[:, key[0], key[1]]
         ax.fill_between(x, line - band, line + band, color=colour, alpha=0.2, lw=0)
         ax.plot(x, line, color=colour, lw=2.0 if row["detector"] else 1.2, alpha=1.0 if key in colours else 0.5)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from cluster.analysis import CONFIDENCE, RISEN, STATUSES, Analysis, axis_names
+from cluster.analysis import CONFIDENCE, RISEN, STATUSES, Analysis
 from cluster.sweep import Sweep
 from probes.emergence import LEVEL_LIFT
 
@@ -82,7 +82,7 @@ class Point:
 
 def make_points(sweep: Sweep, analysis: Analysis) -> list[Point]:
     """The points in the order of the member table."""
-    axes, points = axis_names(sweep), []
+    axes, points = list(sweep.axis_names), []
     if analysis.members.empty:
         return []
     heads, widths = (
@@ -252,7 +252,7 @@ def more(total: int, shown: int, where: str) -> str:
 
 def head_rows(sweep: Sweep, analysis: Analysis) -> Table:
     """The judged heads with the highest lifts."""
-    axes = axis_names(sweep)
+    axes = list(sweep.axis_names)
     columns = [*axes, "seed", "head", "status", "detector", "level", "t50", "peak lift", "end lift",
                "lift over rows", "worth of looking", "matters"]  # fmt: skip
     heads = analysis.heads
@@ -279,7 +279,7 @@ def head_rows(sweep: Sweep, analysis: Analysis) -> Table:
 
 def width_rows(sweep: Sweep, analysis: Analysis) -> Table:
     """Points along the axes, the judged relation first."""
-    axes = axis_names(sweep)
+    axes = list(sweep.axis_names)
     columns = [*axes, "relation", "members", "without detector", "heads", *(s.replace("_", " ") for s in STATUSES),
                "share risen", "level", "t50"]  # fmt: skip
     table = analysis.widths
@@ -304,7 +304,7 @@ def width_rows(sweep: Sweep, analysis: Analysis) -> Table:
 
 def member_rows(sweep: Sweep, analysis: Analysis) -> Table:
     """Finished members."""
-    axes = axis_names(sweep)
+    axes = list(sweep.axis_names)
     columns = [*axes, "seed", "level", "best head", "detectors", "risen", "heads that matter", "validation loss", "run"]
     table = analysis.members
     table = table[table["outcome"] == "finished"] if len(table) else table
@@ -326,7 +326,7 @@ def member_rows(sweep: Sweep, analysis: Analysis) -> Table:
 
 def lost_rows(sweep: Sweep, analysis: Analysis) -> Table:
     """Members that failed or diverged, with their causes."""
-    axes, table = axis_names(sweep), analysis.members
+    axes, table = list(sweep.axis_names), analysis.members
     table = table[table["outcome"] != "finished"] if len(table) else table
     rows = [
         [

@@ -161,11 +161,12 @@ class PackRun:
             self.sink.save(self.pack, self.trainer.state, self.curves)
 
     def _probe(self) -> None:
-        snapshot, now = self.trainer.snapshot(), time.time()
-        sparse = snapshot.step in self.sparse
+        snapshot = self.trainer.snapshot()
+        now, sparse = snapshot.time, snapshot.step in self.sparse
+        due = {"every": True, "sparse": sparse, "checkpoints": snapshot.step in self.kept}
         figures = {"train_loss": to_numpy(self.trainer.take_loss())} | self.measure_figures(snapshot, sparse)
         for probe in self.probes:
-            if probe.when == "every" or (probe.when == "sparse" and sparse):
+            if due[probe.when]:
                 self.curves.add(probe.name, snapshot.step, now, probe.measure(snapshot))
         if snapshot.step in self.kept:
             self.curves.weights[snapshot.step] = self.trainer.state.weights.detach().cpu().numpy().copy()

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from cluster.pack import PackRun, build_probes, pools
 from cluster.sweep import Member, MemberConfig, Pack
 from sim import system_name
@@ -73,6 +75,7 @@ def shape_name(pack: Pack) -> str:
 
 def make_plan(packs: Sequence[Pack], workers: int, done: int) -> Plan:
     """Measure one pack of each shape and add up."""
+    torch.set_num_threads(1)  # as on a worker
     shapes = {shape_name(pack): on_trial(pack) for pack in packs}
     costs = {}
     for trial, pool in pools(list(shapes.values()), "cpu"):

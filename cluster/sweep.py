@@ -12,7 +12,8 @@ from typing import Any
 
 import sim.pool
 import train.loop
-from cluster.encoding import check, encode, set_field
+from cluster.encoding import check, encode, require_known, set_field
+from probes.emergence import MIN_PROBES
 from sim.checks import require
 from sim.generator import key_of
 from sim.particles import ParticleSystem
@@ -20,6 +21,7 @@ from sim.system import Part, System
 from train.config import ModelConfig, TrainConfig
 from train.loop import probe_steps, shape_of
 
+SWEPT = ("model", "system", "data", "train", "probe")  # parts of a sweep whose fields can be axes
 PROBES_VERSION = 1  # raised when a fix changes the numbers that probes write
 INTRODUCED: Mapping[tuple[str, str], object] = {}
 """Defaults that have changed: (class, field) -> the default that the field was introduced with, which ids leave out."""
@@ -102,6 +104,9 @@ class MemberConfig:
 
     def __post_init__(self) -> None:
         self.model.require_divisible()
+        probes = len(self.probe.steps(self.train.steps))
+        allowed = f"so many that there are {MIN_PROBES} probe steps (there are {probes})"
+        require(probes >= MIN_PROBES, "train.steps", self.train.steps, allowed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +116,11 @@ class Member:
     id: str
     config: MemberConfig
     axes: Mapping[str, object]
+
+    @property
+    def point(self) -> dict[str, object]:
+        """Where the member stands along the axes, by the names of `Sweep.axis_names`."""
+        return {axis_name(name): value for name, value in self.axes.items()}
 
     @property
     def key(self) -> int:
@@ -151,7 +161,7 @@ class Sweep:
     """Values of model.width."""
     seeds: int = 1
     """Members per point: seeds 0, 1, ..., seeds - 1. More seeds extend the same sweep."""
-    axes: Mapping[str, tuple[float | int | str, ...]] = field(default_factory=dict)
+    axes: Mapping[str, tuple[float | int | str | bool | None, ...]] = field(default_factory=dict)
     """Further axes by dotted field name, for example train.learning_rate."""
     system: System = field(default_factory=ParticleSystem)
     """What is learnt."""
@@ -172,6 +182,9 @@ class Sweep:
             require(len(values) > 0, name, values, "at least one value")
             require(len(set(values)) == len(values), name, values, "without repeats")
         require("model.width" not in self.axes, "axes", "model.width", "given as widths")
+        require("system.relation" not in self.axes, "axes", "system.relation", "one for the whole sweep")
+        for name in self.axes:
+            require_known(name.partition(".")[0], list(SWEPT), "axes")
 
     @property
     def id(self) -> str:
@@ -182,6 +195,11 @@ class Sweep:
         text = [canonical(config), {**canonical(self.model), "width": None}, sorted(self.axes), versions()]
         return f"{self.name}-{digest(text)[:8]}"
 
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """Names of the axes in tables and tags: `width`, then dotted field names."""
+        return tuple(axis_name(name) for name in ("model.width", *self.axes))
+
     def members(self) -> tuple[Member, ...]:
         """In a stable order: widths outermost, further axes, seeds innermost. ValueError for an impossible one."""
         return tuple(self._members())
@@ -191,11 +209,16 @@ class Sweep:
             axes: dict[str, object] = {"model.width": width, **dict(zip(self.axes, values, strict=True))}
             # The swept fields are set together: a width alone might not fit the heads that another axis brings.
             model, rest = replace_fields(self.model, "model", axes), {}
-            for name in ("system", "data", "train", "probe"):
+            for name in SWEPT[1:]:
                 rest[name] = replace_fields(getattr(self, name), name, axes)
             for seed in range(self.seeds):
                 config = MemberConfig(model=model, seed=seed, **rest)
                 yield Member(id=member_id(config), config=config, axes=axes)
+
+
+def axis_name(field_name: str) -> str:
+    """`width` for model.width; any other field keeps its dotted name, which nothing else can have."""
+    return "width" if field_name == "model.width" else field_name
 
 
 def replace_fields(config: Any, prefix: str, values: Mapping[str, object]) -> Any:
@@ -261,6 +284,9 @@ def validate(sweep: Sweep) -> tuple[Member, ...]:
     """The members of a sweep whose every field has its type and an allowed value; ValueError by name otherwise."""
     check(sweep)
     members = sweep.members()
+    require(
+        len({member.id for member in members}) == len(members), "axes", dict(sweep.axes), "such that all members differ"
+    )
     for config in {replace(member.config, seed=0) for member in members}:
         check(config)
     return members

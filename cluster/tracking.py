@@ -6,6 +6,7 @@ Runs of diverged members are FAILED with `outcome = diverged` and count as settl
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -59,9 +60,11 @@ def resolve_uri(uri: str | None) -> str:
     return prefix + str(Path(uri.removeprefix(prefix)).expanduser().absolute()) if uri.startswith(prefix) else uri
 
 
-def connect(uri: str) -> MlflowClient:
+def connect(uri: str, make: bool = True) -> MlflowClient:
     """A client of a store that answers: a server is asked for its health, a SQLite store made. Or TrackingError."""
     scheme = urlsplit(uri).scheme
+    if not make and uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise TrackingError(f"tracking_uri: there is no ledger at {uri!r} yet; `headway sweep` makes one")
     if scheme in ("http", "https"):
         _require_healthy(uri)
     elif scheme != "sqlite" and "+" not in scheme and scheme not in ("postgresql", "mysql", "mssql"):
@@ -88,6 +91,10 @@ def _require_healthy(uri: str) -> None:
 def experiment_id(client: MlflowClient, uri: str) -> str:
     """The experiment that holds all sweeps, made if need be; beside a SQLite file artifacts lie in `mlartifacts`."""
     found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None and found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"experiment {EXPERIMENT!r} is deleted in {uri!r}; restore it (`mlflow experiments restore`)"
+        )
     if found is not None:
         return str(found.experiment_id)
     location = None
@@ -96,6 +103,7 @@ def experiment_id(client: MlflowClient, uri: str) -> str:
     return str(client.create_experiment(EXPERIMENT, artifact_location=location))
 
 
+@functools.cache
 def code_version() -> str:
     """The distribution's version and a digest of the source of its packages."""
     from importlib.metadata import PackageNotFoundError, version
@@ -109,11 +117,6 @@ def code_version() -> str:
     except PackageNotFoundError:
         number = "0"
     return f"{number}+{content.hexdigest()}"
-
-
-def short_axes(axes: Mapping[str, object]) -> dict[str, str]:
-    """Axis values under the last part of their name: width, learning_rate, ..."""
-    return {name.rpartition(".")[2]: str(value) for name, value in axes.items()}
 
 
 def now_ms() -> int:
@@ -137,7 +140,9 @@ class Ledger:
     client: MlflowClient
     place: Place
     driver: str
+    lost: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
 
     def settle(self, running_too: bool) -> dict[str, Run]:
         """The run that counts for each settled member: the earliest; later ones become KILLED and name it.
@@ -146,7 +151,7 @@ class Ledger:
         """
         runs = children(self.client, self.place)
         kept = counted(runs)
-        for run in runs:
+        for run in runs if not self.lost else ():
             member = run.data.tags["member_id"]
             if is_settled(run) and kept[member] is not run:
                 supersede(self.client, run.info.run_id, kept[member].info.run_id)
@@ -155,26 +160,44 @@ class Ledger:
         return kept
 
     def beat(self) -> None:
-        """Say that this driver is alive."""
+        """Say that this driver is alive; `lost` once another one has taken the sweep over."""
+        holder = self.client.get_run(self.place.parent).data.tags.get("heartbeat", "").partition(" ")[2]
+        self.lost = holder not in ("", self.driver)
+        if not self.lost:
+            self._claim()
+
+    def _claim(self) -> None:
         self.client.set_tag(self.place.parent, "heartbeat", f"{time.time():.0f} {self.driver}")
+
+    def require_held(self) -> None:
+        """Raise RuntimeError once another driver has taken the sweep over."""
+        if self.lost:
+            raise RuntimeError(
+                f"another driver has taken over the sweep, as this one was silent for {DEAD_AFTER:.0f} s"
+            )
 
     def start_beating(self) -> None:
         """Beat from a thread until `close`."""
+        self._claim()
 
         def loop() -> None:
-            while not self._stop.wait(HEARTBEAT):
+            while not self._stop.wait(HEARTBEAT) and not self.lost:
                 try:
                     self.beat()
-                except MlflowException:  # the store is away for the moment; a later beat will tell
+                except (MlflowException, OSError):  # the store is away for the moment; a later beat will tell
                     continue
 
-        threading.Thread(target=loop, name="heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=loop, name="heartbeat", daemon=True)
+        self._thread.start()
 
     def close(self, status: str) -> None:
-        """End the parent run with FINISHED, FAILED or KILLED, and let other drivers in."""
+        """End the parent run as FINISHED, FAILED or KILLED and let other drivers in; not if another is at work."""
         self._stop.set()
-        self.client.set_tag(self.place.parent, "heartbeat", "")
-        self.client.set_terminated(self.place.parent, status)
+        if self._thread is not None:
+            self._thread.join(timeout=SERVER_WAIT)
+        if not self.lost:
+            self.client.set_tag(self.place.parent, "heartbeat", "")
+            self.client.set_terminated(self.place.parent, status)
 
 
 def children(client: MlflowClient, place: Place) -> list[Run]:
@@ -222,11 +245,20 @@ def _search(client: MlflowClient, experiment: str, condition: str) -> list[Run]:
 
 
 def find_sweeps(client: MlflowClient, experiment: str, name: str | None = None) -> list[Run]:
-    """Parent runs, newest first; `name` is a sweep's id, its name (all sweeps so called), or a run id."""
-    runs = _search(client, experiment, f"tags.{KIND} = 'sweep'")
+    """Parent runs, newest first; `name` is a sweep's id, its name (all sweeps so called), or a run id.
+
+    Should two drivers have begun a sweep in the same moment, the parent that was first is the sweep's.
+    """
+    begun = sorted(_search(client, experiment, f"tags.{KIND} = 'sweep'"), key=lambda run: -run.info.start_time)
+    runs = list({run.data.tags["sweep_id"]: run for run in begun}.values())
     if name is not None:
         runs = [r for r in runs if name in (r.data.tags["sweep_id"], r.data.tags["sweep"], r.info.run_id)]
     return sorted(runs, key=lambda run: -run.info.start_time)
+
+
+def last_runs(runs: Iterable[Run]) -> dict[str, Run]:
+    """The latest run of each member."""
+    return {run.data.tags["member_id"]: run for run in sorted(runs, key=lambda run: run.info.start_time)}
 
 
 def find_sweep(client: MlflowClient, experiment: str, name: str) -> Run:
@@ -244,7 +276,7 @@ def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
     driver = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
     found = find_sweeps(client, experiment, sweep.id)
     if found:
-        parent = found[-1]
+        parent = found[0]
         require_free(parent)
         previous, code = parent.data.tags.get("code_version"), code_version()
         if previous != code:
@@ -261,7 +293,6 @@ def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
         parent = client.create_run(experiment, tags=tags, run_name=sweep.id)
     place = Place(uri=uri, experiment=experiment, parent=parent.info.run_id)
     ledger = Ledger(client=client, place=place, driver=driver)
-    ledger.beat()
     client.log_dict(place.parent, encode(sweep), "sweep.json")
     share_view(client, place, sweep)
     ledger.start_beating()
@@ -273,7 +304,7 @@ def share_view(client: MlflowClient, place: Place, sweep: Sweep) -> None:
 
     MLflow's pages keep a shared view as a tag of the experiment; parts left out stand at their defaults.
     """
-    keys = [{"mode": "tag", "groupByData": name} for name in short_axes({"model.width": 0, **sweep.axes})]
+    keys = [{"mode": "tag", "groupByData": name} for name in sweep.axis_names]
     view = {
         "searchFilter": f"tags.`{PARENT}` = '{place.parent}' and tags.{KIND} = 'member'",
         "groupBy": {"aggregateFunction": "average", "groupByKeys": keys},
@@ -313,7 +344,7 @@ def member_tags(member: Member, pack: Pack, place: Place, device: str) -> dict[s
     return {
         PARENT: place.parent,
         KIND: "member",
-        **short_axes(member.axes),
+        **{name: str(value) for name, value in member.point.items()},
         "seed": str(config.seed),
         "member_id": member.id,
         "system": system_name(config.system),
@@ -388,18 +419,25 @@ class MemberRuns:
                 pause = min(2 * pause, 8.0)
 
     def _start(self) -> None:
-        stale = running_of(self.client, self.place, [member.id for member in self.pack.members])
+        """Make the runs that are not made yet: a repeat after a fault goes on where the fault came."""
         for member in self.pack.members[len(self.runs) :]:
-            axes = {**short_axes(member.axes), "seed": str(member.config.seed)}
-            name = " ".join(f"{key}={value}" for key, value in axes.items())
+            place = {**member.point, "seed": member.config.seed}
+            name = " ".join(f"{key}={value}" for key, value in place.items())
             tags = member_tags(member, self.pack, self.place, self.device)
             run = self.client.create_run(self.place.experiment, tags=tags, run_name=name)
-            params = [Param(key, value) for key, value in member_params(member).items()]
-            self.client.log_batch(run.info.run_id, params=params)
             self.runs.append(run.info.run_id)
         by_member = {member.id: run for member, run in zip(self.pack.members, self.runs, strict=True)}
-        for run in stale:
-            supersede(self.client, run.info.run_id, by_member[run.data.tags["member_id"]])
+        for member in self.pack.members:
+            params = [Param(key, value) for key, value in member_params(member).items()]
+            self.client.log_batch(by_member[member.id], params=params)
+        for stale in running_of(self.client, self.place, by_member):
+            if stale.info.run_id not in self.runs:
+                supersede(self.client, stale.info.run_id, by_member[stale.data.tags["member_id"]])
+
+    def require_sound(self) -> None:
+        """Raise what could not be written, as soon as that is known."""
+        if self._error is not None:
+            raise self._error
 
     def point(self, step: int, time_ms: int, figures: Mapping[str, Sequence[float]]) -> None:
         """Add one point a member and figure; sent with the next `flush`. Values that are not finite are left out."""
@@ -448,8 +486,7 @@ class MemberRuns:
     def close(self) -> None:
         """Wait until everything is written; raises what could not be."""
         self.abandon()
-        if self._error is not None:
-            raise self._error
+        self.require_sound()
 
     def abandon(self) -> None:
         """Wait until what was asked for is written or has failed. May be called again."""

@@ -32,7 +32,9 @@ from cluster.pack import (
 from cluster.store import open_store
 from cluster.sweep import MemberConfig, Pack, part_sizes
 from cluster.tracking import MemberRuns, Place
+from probes.probe import Probe
 from sim.pool import Pool, digest_of
+from train import checkpoint
 from train.checkpoint import Files
 from train.loop import State
 
@@ -72,10 +74,9 @@ def train_pack(config: Mapping[str, Any], context: TrialContext) -> None:
             tune.report({"pack": pack.id, "step": pack.start, "loss": float("nan"), "failed": cause})
             return
         sink = TrialSink(attempts.files, runs, restored)
-        arrays = ray.get(context.pools[pool_name(pack.config)])
-        pool = Pool.from_arrays(arrays).to(device, getattr(torch, pack.config.train.precision))
-        run_pack(pack, pool, build_probes(pack.config, pool), sink, context.pace)
+        run_pack(pack, *pool_and_probes(pack.config, context.pools, device), sink, context.pace)
         runs.close()
+        checkpoint.drop(attempts.files, pack.id)
         attempts.end()
         tune.report({"pack": pack.id, "step": pack.config.train.steps, "loss": sink.loss, "failed": ""})
     except Exception as error:
@@ -85,6 +86,19 @@ def train_pack(config: Mapping[str, Any], context: TrialContext) -> None:
         raise
     finally:
         runs.abandon()
+
+
+_kept: dict[tuple[Any, ...], tuple[Pool, tuple[Probe, ...]]] = {}
+
+
+def pool_and_probes(config: MemberConfig, pools: Mapping[str, Any], device: str) -> tuple[Pool, tuple[Probe, ...]]:
+    """The pool on the device and the probes over its probe set; a worker keeps the last ones for its next pack."""
+    key = (pool_name(config), config.probe, config.train.precision, device)
+    if key not in _kept:
+        _kept.clear()
+        pool = Pool.from_arrays(ray.get(pools[key[0]])).to(device, getattr(torch, config.train.precision))
+        _kept[key] = (pool, build_probes(config, pool))
+    return _kept[key]
 
 
 def device_name(device: str) -> str:
@@ -154,7 +168,8 @@ class TrialSink:
         return self.restored
 
     def progress(self, step: int, figures: Figures) -> None:
-        """Points for MLflow; every second or so a report to the driver."""
+        """Points for MLflow; every second or so a report to the driver. Raises what MLflow could not take."""
+        self.runs.require_sound()
         self.runs.point(step, int(time.time() * 1000), live(figures))
         self.loss = finite_mean(figures["train_loss"])
         if self.flush.due():

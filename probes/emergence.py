@@ -107,7 +107,7 @@ def fit_emergence(
         raise ValueError(f"confidence is {confidence!r}; allowed: a number between 0 and 1, both excluded")
     x = np.log(np.where(steps == 0.0, STEP_ZERO, steps))
     mean = replicates.mean(axis=0)
-    curve, residual, left_out = _smooth(mean), _residual(mean), _left_out(replicates)
+    curve, residual, left_out = smooth(mean), _residual(mean), _left_out(replicates)
     rise = _rise(x, curve)
     common = _common_share(residual, left_out)
     rises = bool(rise.height >= max(RISE_ERRORS * _rise_error(replicates, rise, residual, common), RISE_LIFT * u))
@@ -115,8 +115,8 @@ def fit_emergence(
     times, bounds = np.full(4, np.nan), np.full((2, 2), np.nan)
     if rises or status == "at_start":
         times = _log_times(x, curve, u, rise.transient, (0.5, 0.1, 0.9))
-        jackknife = _log_times(x, _smooth(left_out), u, rise.transient)
-        drawn = _log_times(x, _smooth(_block_bootstrap(_unimodal(curve), residual, seed)), u, rise.transient)
+        jackknife = _log_times(x, smooth(left_out), u, rise.transient)
+        drawn = _log_times(x, smooth(_block_bootstrap(_unimodal(curve), residual, seed)), u, rise.transient)
         bounds = _bounds(x, times[:2], jackknife, drawn, common, confidence)
     if not rises:
         times[1:], bounds[:, 1] = np.nan, np.nan
@@ -159,7 +159,7 @@ def _check_increasing(steps: Array) -> None:
         raise ValueError(f"step[1] is {steps[1]:g} after step 0; allowed: above {STEP_ZERO}, where step 0 is placed")
 
 
-def _smooth(curve: Array) -> Array:
+def smooth(curve: Array) -> Array:
     """Centred mean over 3 probes of `[..., T]`; the end probes keep their value."""
     smoothed = curve.copy()
     smoothed[..., 1:-1] = (curve[..., :-2] + curve[..., 1:-1] + curve[..., 2:]) / 3.0
@@ -276,10 +276,10 @@ def _common_share(residual: Array, left_out: Array) -> float:
 
 def _rise_error(replicates: Array, rise: _Rise, residual: Array, common: float) -> float:
     """Standard error of peak - baseline: over replicates, and common jitter of a smoothed probe and of the baseline."""
-    curves = _smooth(replicates)
+    curves = smooth(replicates)
     heights = curves[:, int(rise.peak_at)] - curves[:, : int(rise.onset) + 1].mean(axis=1)
     sampling = heights.var(ddof=1) / heights.size if heights.size > 1 else 0.0
-    jitter = (_smooth(residual) ** 2).mean() + (residual**2).mean() / (rise.onset + 1)
+    jitter = (smooth(residual) ** 2).mean() + (residual**2).mean() / (rise.onset + 1)
     return float(np.sqrt(sampling + common * jitter))
 
 

@@ -57,6 +57,10 @@ class View(Protocol):
         """Training steps taken."""
 
     @property
+    def time(self) -> float:
+        """When, in Unix seconds."""
+
+    @property
     def members(self) -> int:
         """S."""
 

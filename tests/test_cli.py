@@ -22,6 +22,13 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 BAD = [
+    (
+        ["sweep", "quick", "--axis", "sytem.box.n=8", "--axis", "train.steps=9"],
+        "axes: 'sytem' is unknown; did you mean 'system'?",
+    ),
+    (["sweep", "quick", "--train.steps", "5"], "train.steps: 5 is not allowed"),
+    (["sweep", "quick", "--workers", "2", "--address", "auto"], "workers: 2 is not allowed; it must be left out"),
+    (["status"], "there is no ledger at"),
     (["swep", "quick"], "command: 'swep' is unknown; did you mean 'sweep'?"),
     (["sweep", "quikc"], "recipe: 'quikc' is unknown; did you mean 'quick'?"),
     (["sweep", "nothing.json"], "sweep: 'nothing.json' cannot be read"),
@@ -60,7 +67,7 @@ BAD = [
     (["sweep", "quick", "--pack-size", "0"], "pack_size: 0 is not allowed; it must be a finite number above 0"),
     (["sweep", "quick", "--tracking-uri", "http://127.0.0.1:9"], "no MLflow server answers at 'http://127.0.0.1:9'"),
     (["sweep", "quick", "--tracking-uri", "ftp://x"], "tracking_uri: 'ftp://x' is not allowed"),
-    (["report", "nothing"], "sweep: 'nothing' is not in the ledger; it must be one of (none yet)"),
+    (["report", "nothing"], "there is no ledger at"),
     (["analyze"], "sweep: none given"),
     (["ui", "--port", "high"], "--port"),
 ]
@@ -130,6 +137,10 @@ def test_axes_from_the_command_line():
         parse_axes(["a=1", "a=2"])
 
 
-def test_status_of_an_empty_ledger(capsys):
-    assert main(["status"]) == 0
-    assert "sweep" in capsys.readouterr().out
+def test_a_second_axis_flag_adds_to_the_first(capsys):
+    axes = ["--axis", "model.heads=2,4", "--axis", "train.clip=None,1"]
+    assert main(["sweep", "tiny", "--dry-run", "--seeds", "1", "--widths", "16", *axes, "--data.rows", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "4 members to train" in said
+    assert "model.heads" in said
+    assert "train.clip" in said

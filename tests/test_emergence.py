@@ -111,13 +111,13 @@ def test_noise_alone_is_no_rise():
     scores = [observe(head, STEP, noise, np.random.default_rng(seed)) for seed in range(60)]
     table = Counter(fit_emergence(STEP, score, U).status for score in scores)
     assert table["never"] + table["at_start"] == 60
-    assert sum(emergence._rise(np.log(STEP), emergence._smooth(s.mean(axis=0))).height > 0.5 * U for s in scores) > 10
+    assert sum(emergence._rise(np.log(STEP), emergence.smooth(s.mean(axis=0))).height > 0.5 * U for s in scores) > 10
 
 
 def test_peak_does_not_follow_the_noise():
     head, noise = planted.plain(np.random.default_rng(0)), Noise(flat=0.2)
     excess, largest = np.mean([
-        (fit_emergence(STEP, score, U).peak / U - head.top, emergence._smooth(score.mean(axis=0)).max() / U - head.top)
+        (fit_emergence(STEP, score, U).peak / U - head.top, emergence.smooth(score.mean(axis=0)).max() / U - head.top)
         for score in (observe(head, STEP, noise, np.random.default_rng(seed)) for seed in range(40))
     ], axis=0)  # fmt: skip
     assert 0.0 < excess < 0.6 * largest
@@ -187,7 +187,7 @@ def test_crossing_is_that_of_the_isotonic_fit():
 def test_a_batch_gives_what_its_curves_give():
     rng = np.random.default_rng(0)
     x = np.log(STEP)
-    curves = np.stack([emergence._smooth(observe(kind(rng), STEP, USUAL, rng, 1)[0]) for kind in KINDS])
+    curves = np.stack([emergence.smooth(observe(kind(rng), STEP, USUAL, rng, 1)[0]) for kind in KINDS])
     batch = emergence._log_times(x, curves.reshape(3, 4, -1), U, False).reshape(12, -1)
     single = np.stack([emergence._log_times(x, curve, U, False) for curve in curves])
     np.testing.assert_allclose(batch, single, rtol=1e-12)
@@ -207,7 +207,7 @@ def planted_fits(kinds, count: int, noise: Noise, replicates: int = 8):
 def percentile_interval(head: Planted, score, rng) -> list[float]:
     """The textbook interval that is too short: quantiles over resampled replicates; low and high of level and t50."""
     picked = rng.integers(0, len(score), size=(200, len(score)))
-    curves = emergence._smooth(score[picked].mean(axis=1))
+    curves = emergence.smooth(score[picked].mean(axis=1))
     drawn = emergence._log_times(np.log(STEP), curves, U, head.status == "transient")
     return np.exp(np.quantile(drawn, [0.05, 0.95], axis=0)).T.ravel().tolist()
 
@@ -240,7 +240,7 @@ def test_isotonic_fit_over_a_whole_transient_curve_misses():
     """The wrong estimator, given the right one's interval width, fails the check that the right one passes."""
     count, right, wrong = 100, [], []
     for head, score, fit in planted_fits((planted.transient,), count, USUAL):
-        whole = isotonic_regression(emergence._smooth(score.mean(axis=0))).x
+        whole = isotonic_regression(emergence.smooth(score.mean(axis=0))).x
         k = int(np.flatnonzero(whole >= 0.5 * (whole[0] + whole[-1]))[0])
         right.append(covers(fit.low, fit.high, head.t50))
         wrong.append(covers(STEP[k] * fit.low / fit.t50, STEP[k] * fit.high / fit.t50, head.t50))

@@ -55,6 +55,7 @@ class Ledger:
         return sorted(run.info.status for run in self.runs)
 
     def table(self, run, name, folder):
+        folder.mkdir(exist_ok=True)
         return pd.read_parquet(self.client.download_artifacts(run.info.run_id, name, str(folder)))
 
 
@@ -89,6 +90,19 @@ def test_a_sweep_again_and_extended(tmp_path):
     assert extended.parent.info.run_id == first.parent.info.run_id
     assert extended.statuses() == ["FINISHED"] * 6
     assert {m: run.data.tags["digest"] for m, run in extended.counted.items() if m in digests} == digests
+
+    out, err = headway(tmp_path, "sweep", "tiny", *SMALL, "--seeds", "1", "--redo")
+    assert "2 members trained in this call, 6 members in the sweep" in out
+    redone = Ledger(tmp_path)
+    assert redone.statuses() == ["FINISHED"] * 6 + ["KILLED"] * 2
+    for member, run in redone.counted.items():
+        before = extended.counted[member]
+        if run.info.run_id != before.info.run_id:
+            first_table, second_table = (
+                extended.table(r, "curves.parquet", tmp_path / r.info.run_id) for r in (before, run)
+            )
+            columns = list(first_table.columns.drop("wall_time"))
+            pd.testing.assert_frame_equal(first_table[columns], second_table[columns])
 
     for command in (["status", "tiny"], ["report", "tiny"], ["status"]):
         assert main_in(tmp_path, command) == 0
@@ -134,7 +148,7 @@ def test_broken_off_and_gone_on_with_the_tables_are_those_of_an_undisturbed_run(
     done = Ledger(folder)
     assert "RUNNING" not in done.statuses()
     assert len(done.counted) == 4
-    outcomes = {(run.data.tags["learning_rate"], run.info.status) for run in done.counted.values()}
+    outcomes = {(run.data.tags["train.learning_rate"], run.info.status) for run in done.counted.values()}
     assert outcomes == {("0.001", "FINISHED"), ("1000000000.0", "FAILED")}
     assert len(re.findall(r"diverged: width=8 .* diverged at step \d+", out)) == 2
     assert not checkpoints()
@@ -152,5 +166,5 @@ def test_broken_off_and_gone_on_with_the_tables_are_those_of_an_undisturbed_run(
 
 def test_a_request_that_the_cluster_can_never_meet_is_refused(tmp_path):
     _, err = headway(tmp_path, "sweep", "tiny", "--gpus", "3", code=2)
-    assert err.strip() == "headway: gpus: 3 is not allowed; it must be at most 0, all that one node has"
+    assert err.strip() == "headway: gpus: 3.0 is not allowed; it must be at most 0, all that one node has"
     assert not (tmp_path / "headway-out").exists() or not any((tmp_path / "headway-out").iterdir())

@@ -172,7 +172,7 @@ def test_probe_groups_and_ceilings(pool, probes):
     assert trivial_loss(system, batch, everything) == pytest.approx(system.floors().trivial, rel=1e-5)
 
 
-def test_no_gradient_is_kept_and_nothing_is_shared_between_runs(pool, probes):
+def test_nothing_leaks_from_one_run_to_the_next(pool, probes):
     before = {name: value.clone() for name, value in pool.parts["train"].columns.items()}
     first = finished(MEMBERS[:1], pool, probes)
     finished(MEMBERS[1:], pool, probes)

@@ -11,7 +11,7 @@ import torch
 from toys import EnumeratedToy, MaskedToy
 
 from cluster import findings, report
-from cluster.analysis import analyze_member, axis_names, tabulate
+from cluster.analysis import analyze_member, tabulate
 from cluster.figures import ratio_band, spread
 from cluster.picture import make_scene
 from cluster.report import MemberData, write_report
@@ -105,7 +105,7 @@ class Planted:
         heads, members = [], []
         for number, ((point, seed), what) in enumerate(plan.items()):
             keys = {"member_id": f"m{number}", "run_id": f"r{number}"}
-            keys |= dict(zip(axis_names(sweep), point, strict=True), seed=seed)
+            keys |= dict(zip(sweep.axis_names, point, strict=True), seed=seed)
             self.plan[f"r{number}"] = (point, what)
             if isinstance(what, tuple):
                 members.append({**keys, "outcome": what[0], "cause": what[1]})
@@ -113,7 +113,7 @@ class Planted:
             head_rows, row = analyze_member(make_curves(what, **curves), make_figures(), sweep.system.relation)
             heads += [{**keys, **head} for head in head_rows]
             members.append({**keys, "outcome": "finished", "cause": "", **row})
-        self.analysis = tabulate(heads, members, axis_names(sweep))
+        self.analysis = tabulate(heads, members, sweep.axis_names)
 
     def load(self, run_id):
         self.loads.append(run_id)
@@ -223,8 +223,8 @@ def test_further_axes_label_points_and_series(tmp_path):
         tmp_path / "report", sweep, made.analysis, lambda run: replace(made.load(run), weights={}), {}
     ).read_text()
     assert [text for text in missing(page) if "weights were not kept" in text]
-    assert "width 8, learning_rate 0.003" in page
-    assert "heads_width8_learning_rate0.003.png" in names(page)
+    assert "width 8, train.learning_rate 0.003" in page
+    assert "heads_width8_train.learning_rate0.003.png" in names(page)
     assert "learning_rate 0.001" in {point.series for point in findings.make_points(sweep, made.analysis)}
     assert panels(page) <= report.PANELS
     assert "without an interval" in page
@@ -237,7 +237,7 @@ def test_without_a_finished_member_the_page_says_so(tmp_path):
     assert names(page) == [] and len(missing(page)) == 6 and made.loads == []
     assert "0 of 6 members finished training, 0 diverged, 1 failed, 5 without a result yet." in page
     assert "out of memory" in page
-    empty = tabulate([], [], axis_names(sweep))
+    empty = tabulate([], [], sweep.axis_names)
     page = write_report(tmp_path / "empty", sweep, empty, made.load, {}).read_text()
     assert "6 without a result yet" in page
 
@@ -281,7 +281,7 @@ def test_large_sweeps_stay_bounded(planted, tmp_path):
             curves=make_curves(heads(("emerged", 90))), figures=make_figures(), weights=make_weights(sweep, width)
         )
 
-    path = write_report(tmp_path / "report", sweep, tabulate(head_rows, members, axis_names(sweep)), load, {})
+    path = write_report(tmp_path / "report", sweep, tabulate(head_rows, members, sweep.axis_names), load, {})
     assert len(loads) == len(set(loads)) <= report.MEMBERS
     assert panels(path.read_text()) <= report.PANELS
     assert sum(file.stat().st_size for file in path.parent.iterdir()) <= 5_000_000

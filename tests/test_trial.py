@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluster import dispatch, tracking, trial
-from cluster.dispatch import Resources, count_workers, settle_resources
+from cluster.dispatch import settle_resources, slots
 from cluster.pack import Pace, make_pool
 from cluster.store import FolderStore
 from cluster.sweep import Pack
@@ -49,6 +49,7 @@ def worker(store, arrays, tmp_path, monkeypatch, request):
     monkeypatch.setattr(trial.ray, "get", {"the pool": frozen}.__getitem__)
     monkeypatch.setattr(trial.tune, "report", reports.append)
     monkeypatch.setattr(trial, "REPORT_EVERY", 0.0)
+    monkeypatch.setattr(trial, "_kept", {})
 
     class Worker:
         def __init__(self):
@@ -79,8 +80,6 @@ def test_a_pack_goes_from_the_pool_to_the_ledger(worker):
 def test_a_restarted_pack_logs_no_point_twice_and_no_table_changes(worker, monkeypatch):
     worker.run()
     whole = {run.data.tags["member_id"]: run.data.tags["digest"] for run in worker.runs()}
-    for name in worker.files.names("checkpoints"):
-        worker.files.delete(name)
     real, calls = trial.save_checkpoint, []
 
     def save_and_die(files, pack, state, curves):
@@ -179,7 +178,7 @@ def test_parquet_keeps_types_and_values():
 
 NODES = [
     {"Alive": True, "Resources": {"CPU": 4.0}},
-    {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 2.0}},
+    {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 2.0}},
     {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
 ]
 
@@ -187,30 +186,41 @@ NODES = [
 @pytest.mark.parametrize(
     ("nodes", "wanted", "expected", "workers"),
     [
-        (NODES, Resources(), {"cpu": 1.0, "gpu": 1.0}, 2),
-        (NODES, Resources(gpus=0.5), {"cpu": 1.0, "gpu": 0.5}, 4),
-        (NODES, Resources(gpus=0.0), {"cpu": 1.0}, 6),
-        (NODES[:1], Resources(), {"cpu": 1.0}, 4),
-        (NODES[:1], Resources(cpus=2.0), {"cpu": 2.0}, 2),
+        (NODES, None, {"CPU": 1.0, "GPU": 1.0}, 2),
+        (NODES, 0.5, {"CPU": 1.0, "GPU": 0.5}, 3),  # the GPU node has 3 CPUs
+        (NODES, 0.0, {"CPU": 1.0}, 7),
+        (NODES, 2.0, {"CPU": 1.0, "GPU": 2.0}, 1),
+        (NODES[:1], None, {"CPU": 1.0}, 4),
     ],
 )
 def test_packs_take_gpus_where_there_are_any(monkeypatch, nodes, wanted, expected, workers):
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    total = {name: sum(node.get(name, 0.0) for node in alive) for name in ("CPU", "GPU")}
     monkeypatch.setattr(dispatch.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(dispatch.ray, "cluster_resources", lambda: total)
     assert settle_resources(wanted) == expected
-    assert count_workers(expected) == workers
+    assert slots(expected) == workers
 
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (Resources(gpus=3.0), "gpus: 3 is not allowed; it must be at most 2"),
-        (Resources(cpus=5.0), "cpus: 5 is not allowed; it must be at most 4"),
+        (3.0, "gpus: 3.0 is not allowed; it must be at most 2, all that one node has"),
+        (1.5, "gpus: 1.5 is not allowed; it must be at most 1, or a whole number"),
     ],
 )
 def test_what_no_node_has_is_refused(monkeypatch, wanted, message):
     monkeypatch.setattr(dispatch.ray, "nodes", lambda: NODES)
     with pytest.raises(ValueError, match=message):
         settle_resources(wanted)
+
+
+def test_a_gpu_on_a_node_without_a_free_cpu_is_no_place(monkeypatch):
+    apart = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": True, "Resources": {"GPU": 1.0}}]
+    monkeypatch.setattr(dispatch.ray, "nodes", lambda: apart)
+    with pytest.raises(ValueError, match="such that one node has it and a CPU beside it"):
+        settle_resources(1.0)
+
+
+def test_a_worker_keeps_its_pool_for_the_next_pack(worker, monkeypatch):
+    worker.run()
+    monkeypatch.setattr(trial.Pool, "from_arrays", None)  # not asked again
+    worker.run()
+    assert worker.files.names("checkpoints") == []

@@ -29,7 +29,7 @@ def plain_batch(b: int, n: int, **fields: Tensor | None) -> PlainBatch:
 class FakeView:
     """The parts of a View that a test does not care about; `step` 0 and nothing to see."""
 
-    step = 0
+    step, time = 0, 0.0
     members = layers = heads = 1
     parameters: dict[str, Tensor] = {}  # noqa: RUF012
 

@@ -103,8 +103,13 @@ def save(
         "versions": dict(versions),
     }
     files.put(f"{name}.json", json.dumps(manifest).encode())
+    drop(files, pack, KEPT)
+
+
+def drop(files: Files, pack: str, kept: int = 0) -> None:
+    """Delete a pack's checkpoints but for the newest `kept`."""
     own = [item for item in files.names(FOLDER) if item.startswith(f"{FOLDER}/{pack}-") and item.endswith(".json")]
-    for stale in own[:-KEPT]:
+    for stale in own[: len(own) - kept]:
         remove(files, stale)
 
 

@@ -134,7 +134,7 @@ def embed(parameters: Parameters, batch: Batch) -> Tensor:
     """Residual stream `[S, B, N, D]` before the first layer. Inputs without a member axis are shared by all."""
     W = parameters["embed.W"]
     inputs = batch.inputs if batch.inputs.dim() == 4 else batch.inputs.expand(len(W), *batch.inputs.shape)
-    return _affine(inputs, W, parameters["embed.b"])
+    return _affine(inputs.to(W.dtype), W, parameters["embed.b"])
 
 
 def _project(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

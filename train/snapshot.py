@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -32,7 +33,7 @@ class Intervention(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class Snapshot:
-    """S members at one step. `parameters [S, ...]` are the live ones: read them before training goes on.
+    """S members at one step and time (Unix seconds). `parameters [S, ...]` are live: read them before training goes on.
 
     Interventions on one batch in a row share the layers below the lowest one replaced.
     """
@@ -41,6 +42,7 @@ class Snapshot:
     system: System
     model: ModelConfig
     parameters: Mapping[str, Tensor]
+    time: float = field(default_factory=time.time)
     _batch: Batch | None = field(default=None, repr=False)
     _residuals: list[Tensor] = field(default_factory=list, repr=False)
 

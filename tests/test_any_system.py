@@ -1,0 +1,70 @@
+"""The toys through the whole house but Ray and MLflow: packed, trained, probed, analysed, and put on a page."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+
+from cluster.analysis import analyze_member, tabulate
+from cluster.cli import main
+from cluster.pack import Pace, build_probes, make_pool, run_pack
+from cluster.plan import make_plan
+from cluster.report import MemberData, write_report
+from cluster.sweep import DataConfig, ProbeConfig, Sweep, packs, validate
+from tests.test_pack import Memory
+from tests.toys import EnumeratedToy, MaskedToy, NoisedToy
+from train.config import ModelConfig, TrainConfig
+
+
+def sweep_of(system, precision="float32"):
+    return Sweep(
+        name="toy",
+        widths=(8,),
+        seeds=2,
+        system=system,
+        data=DataConfig(rows=64, validation_rows=8),
+        model=ModelConfig(heads=2, layers=2),
+        train=TrainConfig(steps=12, batch_size=4, precision=precision),
+        probe=ProbeConfig(replicates=3, examples=8, sparse_examples=4),
+    )
+
+
+@pytest.mark.parametrize("system", [MaskedToy(), EnumeratedToy(), NoisedToy()], ids=lambda toy: type(toy).__name__)
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_toy_sweep_ends_on_a_page(system, precision, tmp_path):
+    sweep = sweep_of(system, precision)
+    (pack,) = packs(validate(sweep), workers=1)
+    pool, sink = make_pool(pack.config), Memory()
+    run_pack(pack, pool, build_probes(pack.config, pool), sink, Pace(progress=1e9, checkpoint=1e9))
+    heads, members, data = [], [], {}
+    for member in pack.members:
+        curves, figures, diverged = sink.finished[member.id]
+        assert diverged == -1
+        data[member.id] = MemberData(curves=pd.DataFrame(curves), figures=pd.DataFrame(figures), weights={})
+        rows, row = analyze_member(data[member.id].curves, data[member.id].figures, system.relation)
+        keys = {"member_id": member.id, "run_id": member.id, **member.point, "seed": member.config.seed}
+        heads += [{**keys, **head} for head in rows]
+        members.append({**keys, "outcome": "finished", "cause": "", **row})
+    analysis = tabulate(heads, members, sweep.axis_names)
+    assert set(analysis.heads["relation"]) >= {system.relation}
+    assert len(analysis.heads) % (2 * 2 * 2) == 0  # members, layers, heads
+    page = write_report(tmp_path / "report", sweep, analysis, data.__getitem__, {}).read_text()
+    assert "2 of 2 members finished" in page
+
+
+def test_a_toy_is_planned(tmp_path):
+    sweep = dataclasses.replace(sweep_of(MaskedToy()), widths=(8, 16))
+    plan = make_plan(packs(validate(sweep), workers=2), workers=2, done=0)
+    assert plan.seconds > 0
+    assert plan.memory > 0
+    assert plan.disk > 0
+    assert len(plan.costs) == 2
+
+
+def test_an_empty_plan_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cluster.tracking.settled_members", lambda client, uri, sweep: {m.id for m in sweep.members()})
+    assert main(["sweep", "tiny", "--dry-run", "--tracking-uri", f"sqlite:///{tmp_path}/x.db"]) == 0
+    (tmp_path / "y.db").touch()
+    assert main(["sweep", "tiny", "--dry-run", "--tracking-uri", f"sqlite:///{tmp_path}/y.db"]) == 0
+    assert "0 members to train (4 done)" in capsys.readouterr().out
