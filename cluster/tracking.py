@@ -45,6 +45,7 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 SERVER_WAIT = 5.0  # seconds to answer before a tracking server counts as unreachable
 HEARTBEAT = 10.0  # seconds between heartbeats of the driver
 DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead
+PAUSE = 0.5  # seconds before a call that failed is tried again, doubling up to 8
 BATCH = 1000  # metrics in one request, MLflow's limit
 PARENT, KIND = "mlflow.parentRunId", "kind"
 
@@ -408,7 +409,7 @@ class MemberRuns:
                 return
 
     def _patiently(self, job: Callable[[], None]) -> None:
-        deadline, pause = time.monotonic() + self.patience, 0.5
+        deadline, pause = time.monotonic() + self.patience, PAUSE
         while True:
             try:
                 return job()

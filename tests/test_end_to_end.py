@@ -91,7 +91,7 @@ def test_a_sweep_again_and_extended(tmp_path):
     assert extended.statuses() == ["FINISHED"] * 6
     assert {m: run.data.tags["digest"] for m, run in extended.counted.items() if m in digests} == digests
 
-    out, err = headway(tmp_path, "sweep", "tiny", *SMALL, "--seeds", "1", "--redo")
+    out, _ = headway(tmp_path, "sweep", "tiny", *SMALL, "--seeds", "1", "--redo")
     assert "2 members trained in this call, 6 members in the sweep" in out
     redone = Ledger(tmp_path)
     assert redone.statuses() == ["FINISHED"] * 6 + ["KILLED"] * 2

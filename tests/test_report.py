@@ -225,7 +225,7 @@ def test_further_axes_label_points_and_series(tmp_path):
     assert [text for text in missing(page) if "weights were not kept" in text]
     assert "width 8, train.learning_rate 0.003" in page
     assert "heads_width8_train.learning_rate0.003.png" in names(page)
-    assert "learning_rate 0.001" in {point.series for point in findings.make_points(sweep, made.analysis)}
+    assert "train.learning_rate 0.001" in {point.series for point in findings.make_points(sweep, made.analysis)}
     assert panels(page) <= report.PANELS
     assert "without an interval" in page
 

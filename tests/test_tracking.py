@@ -145,6 +145,7 @@ def test_passing_faults_of_the_store_are_waited_out(store, ledger, monkeypatch):
     """Every call fails now and then, before or after the first runs are made: two members end FINISHED, once each."""
     client, _ = store
     with monkeypatch.context() as patch:
+        patch.setattr(tracking, "PAUSE", 0.01)
         for name, faults in (
             ("create_run", "YNYNN"),
             ("log_batch", "NYNYYN"),
