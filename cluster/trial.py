@@ -18,6 +18,7 @@ import torch
 from ray import tune
 
 from cluster.curves import Columns, Curves
+from cluster.member_runs import MemberRuns
 from cluster.pack import (
     Clock,
     Figures,
@@ -31,7 +32,7 @@ from cluster.pack import (
 )
 from cluster.store import open_store
 from cluster.sweep import MemberConfig, Pack, part_sizes
-from cluster.tracking import MemberRuns, Place
+from cluster.tracking import Place
 from probes.probe import Probe
 from sim.pool import Pool, digest_of
 from train import checkpoint

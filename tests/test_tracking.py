@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from cluster import tracking
+from cluster import member_runs, tracking
+from cluster.member_runs import MemberRuns
 from cluster.sweep import Pack, Sweep, validate
-from cluster.tracking import MemberRuns, TrackingError
+from cluster.tracking import TrackingError
 from train.config import TrainConfig
 
 SWEEP = Sweep(name="ledger", widths=(16, 32), seeds=2, train=TrainConfig(steps=9))
@@ -145,7 +146,7 @@ def test_passing_faults_of_the_store_are_waited_out(store, ledger, monkeypatch):
     """Every call fails now and then, before or after the first runs are made: two members end FINISHED, once each."""
     client, _ = store
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "PAUSE", 0.01)
+        patch.setattr(member_runs, "PAUSE", 0.01)
         for name, faults in (
             ("create_run", "YNYNN"),
             ("log_batch", "NYNYYN"),
