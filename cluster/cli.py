@@ -354,6 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MlflowException as error:
         print(f"headway: MLflow: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader has seen enough (`headway ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         goes_on = "; the ledger says what is done, the same command goes on from there" if command == "sweep" else ""
         print(f"headway: stopped{goes_on}", file=sys.stderr)

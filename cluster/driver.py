@@ -106,10 +106,12 @@ class Desk:
     @classmethod
     def open(cls, settings: Settings, make: bool = True) -> Desk:
         """Connect to the store and try the output folder. ValueError in one line if either fails."""
-        out = settings.out.expanduser().absolute()
+        out, uri = settings.out.expanduser().absolute(), tracking.resolve_uri(settings.tracking_uri)
+        if make:  # neither a store nor a folder is made where the other cannot be
+            require_writable("out", out)
+        client = tracking.connect(uri, make)
         require_writable("out", out)
-        uri = tracking.resolve_uri(settings.tracking_uri)
-        return cls(client=tracking.connect(uri, make), uri=uri, out=out, settings=settings)
+        return cls(client=client, uri=uri, out=out, settings=settings)
 
     @property
     def experiment(self) -> str:

@@ -1,11 +1,16 @@
 """The command as a user types it: help that teaches, plans, and bad input in one line with code 2, nothing started."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from cluster import cli, dispatch
 from cluster.cli import main, parse_axes
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +86,8 @@ def test_bad_input_is_one_clear_line_and_code_2(arguments, message, capsys, else
     assert error.startswith("headway: ")
     assert error.count("\n") == 1
     assert not any(path.is_file() for path in elsewhere.glob("headway-out/**/*"))
+    if arguments[0] in ("report", "status"):
+        assert list(elsewhere.iterdir()) == []
 
 
 def test_help_teaches(capsys):
@@ -112,6 +119,13 @@ def test_recipes_are_listed(capsys):
     said = capsys.readouterr().out
     assert "quick" in said
     assert "Two widths x four seeds" in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m cluster.cli sweep quick --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith("usage: headway sweep quick")
+    assert done.stderr == ""
 
 
 def test_version(capsys):
