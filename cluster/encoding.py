@@ -18,6 +18,12 @@ hints_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 """Annotations by field; kept, as sweeps have ten thousand configs of a handful of types."""
 
 
+@functools.cache
+def is_system(kind: type) -> bool:
+    """Whether instances of the class are systems; `isinstance` with a protocol asks for every attribute every time."""
+    return all(hasattr(kind, name) for name in ("rows", "draw", "relations", "diagnose"))
+
+
 def encode(value: Any) -> Any:
     """JSON-able form of a config; a system carries its listed name as `type`. Numbers in float fields become floats."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -25,7 +31,7 @@ def encode(value: Any) -> Any:
         body = {
             item.name: _encode_field(getattr(value, item.name), hints[item.name]) for item in dataclasses.fields(value)
         }
-        return {"type": system_name(value), **body} if isinstance(value, System) else body
+        return {"type": system_name(cast(System, value)), **body} if is_system(type(value)) else body
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
     return [encode(item) for item in value] if isinstance(value, tuple | list) else value
