@@ -6,6 +6,7 @@ depend on its own config and key alone. Between probe steps nothing is copied to
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,6 +28,7 @@ ALIGNMENT = 64  # a member's row starts at a multiple of this many numbers: vect
 DIVERGED_LOSS = 1e6  # a member above this is frozen, as is one whose loss or gradient is not finite
 
 
+@functools.cache
 def probe_steps(steps: int, per_decade: int) -> tuple[int, ...]:
     """0, then whole steps log-spaced from 1 to `steps` inclusive, `per_decade` a decade where whole numbers allow."""
     count = math.ceil(per_decade * math.log10(max(steps, 1))) + 1
