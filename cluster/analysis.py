@@ -60,13 +60,12 @@ def dense(table: pd.DataFrame, probe: str) -> DenseCurve:
     )
 
 
-def analyze_heads(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """One row per (layer, head, relation) of a member: status, timescales with intervals, lifts, worth."""
+def analyze_heads(table: pd.DataFrame, worth: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
+    """One row per (layer, head, relation) of a member: status, timescales with intervals, lifts, and its worth."""
     curve = dense(table, "attention")
     score = curve.values["score"].astype(float)
     by_uniform = along_steps(lift(curve.values["score"], curve.values["null_uniform"]))
     by_rows = along_steps(lift(curve.values["score"], curve.values["null_rows"]))
-    worth = head_worth(table)
     rows = []
     for layer, head, q in np.ndindex(score.shape[1:4]):
         null = curve.values["null_uniform"][:, layer, head, q].astype(float)
@@ -115,7 +114,8 @@ def analyze_member(
 
     The best detector is the one whose lift peaks highest. Its level is NaN where the member has none.
     """
-    heads = analyze_heads(table)
+    worth = head_worth(table)
+    heads = analyze_heads(table, worth)
     own = [row for row in heads if row["relation"] == judged]
     detectors = [row for row in own if row["detector"]]
     best = max(detectors, key=lambda row: row["lift_peak"], default=None)
@@ -127,7 +127,7 @@ def analyze_member(
         "best_head": f"{best['layer']}.{best['head']}" if best else "",
         "detectors": len(detectors),
         "risen": sum(row["status"] in RISEN for row in own),
-        "heads_that_matter": int(head_worth(table)["matters"].sum()),
+        "heads_that_matter": int(worth["matters"].sum()),
         "last_step": int(figures["step"].iloc[-1]),
         "seconds": float(figures["wall_time"].iloc[-1] - figures["wall_time"].iloc[0]),
         **{str(name): float(value) for name, value in figure.items() if name not in ("step", "wall_time")},

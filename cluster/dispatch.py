@@ -38,9 +38,9 @@ def ray_cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
     """A connection to the cluster at `address` or RAY_ADDRESS, or else a local one of this machine's cores."""
     local = address is None and not os.environ.get("RAY_ADDRESS")
     environment = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    options: dict[str, Any] = (
-        {"num_cpus": cpus, "include_dashboard": False} if local else {"address": address or "auto"}
-    )
+    options: dict[str, Any] = {"address": address or "auto"}
+    if local:  # "local": never a cluster that somebody else has left running on this machine
+        options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment}, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -135,6 +135,8 @@ class PackRun:
         self.sparse = config.probe.sparse_steps(config.train.steps)
         self.kept = config.probe.weight_steps(config.train.steps)
         self.validation = pool.parts["validation"]
+        self.stream = Generator.of("validation", config.data.seed, device=self.validation.device)
+        self.validation_batch = config.system.draw(self.validation, self.stream)
 
     def run(self) -> None:
         """Train, probe at every probe step not yet on record, hand the tables to the sink."""
@@ -176,17 +178,11 @@ class PackRun:
 
     def measure_figures(self, snapshot: Snapshot, sparse: bool) -> Figures:
         """Validation loss, at sparse steps the system's own figures too; noise is the same at every step."""
-        config = self.pack.config
-        stream = Generator.of("validation", config.data.seed, device=self.validation.device)
-        batch = config.system.draw(self.validation, stream)
-        loss = snapshot.loss(snapshot.predict(batch), batch).mean(-1)
-        figures = {"validation_loss": to_numpy(loss)}
+        batch = self.validation_batch
+        figures = {"validation_loss": to_numpy(snapshot.loss(snapshot.predict(batch), batch).mean(-1))}
         if sparse:
-
-            def predict(batch: Batch) -> Tensor:
-                return snapshot.predict(batch)
-
-            diagnosed = config.system.diagnose(predict, self.validation, stream.fold("diagnose"))
+            system, stream = self.pack.config.system, self.stream.fold("diagnose")
+            diagnosed = system.diagnose(snapshot.predict, self.validation, stream)
             figures |= {name: to_numpy(value) for name, value in diagnosed.items()}
         return figures
 

@@ -11,7 +11,6 @@ import torch
 from cluster.pack import PackRun, build_probes, pools
 from cluster.sweep import Member, MemberConfig, Pack
 from sim import system_name
-from sim.generator import Generator
 from sim.pool import Pool
 from train.model import count_parameters, tensor_specs
 
@@ -143,7 +142,7 @@ def memory_bytes(pack: Pack, run: PackRun) -> int:
     """Parameters, gradients and moments; what the backward pass keeps; one replicate's attention; the pool twice."""
     config, members, weights = pack.config, len(pack.members), run.trainer.state.weights
     model, size = config.model, weights.element_size()
-    tokens = config.system.draw(run.validation, Generator.of("plan")).inputs.shape[-2]
+    tokens = run.validation_batch.inputs.shape[-2]
     per_token = model.layers * (10 * model.width + 2 * model.feedforward * model.width + 2 * model.n_heads * tokens)
     activations = members * config.train.batch_size * tokens * per_token * size
     attention = 3 * members * config.probe.examples * model.layers * model.n_heads * tokens**2 * size

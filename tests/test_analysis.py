@@ -6,7 +6,6 @@ import pytest
 from scipy.stats import t as student
 
 from cluster.analysis import (
-    analyze_heads,
     analyze_member,
     dense,
     log_mean_interval,
@@ -77,7 +76,7 @@ def test_dense_undoes_the_long_form_whatever_the_order_of_rows():
 
 
 def test_planted_heads_are_told_apart():
-    rows = {(row["head"], row["relation"]): row for row in analyze_heads(tables_of(planted_curves())[0])}
+    rows = {(row["head"], row["relation"]): row for row in analyze_member(*tables_of(planted_curves()), "collision")[0]}
     assert len(rows) == H * len(RELATIONS)
     detector, crowded, never, late = (rows[head, "collision"] for head in range(H))
     # lift 2 is reached where 0.1 + 0.4 / (1 + (100/t)^3) = 0.2, that is (100/t)^3 = 3

@@ -224,3 +224,21 @@ def test_a_worker_keeps_its_pool_for_the_next_pack(worker, monkeypatch):
     monkeypatch.setattr(trial.Pool, "from_arrays", None)  # not asked again
     worker.run()
     assert worker.files.names("checkpoints") == []
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "expected"),
+    [(None, None, "local"), ("ray://head:1", None, "ray://head:1"), (None, "head:6379", "auto")],
+)
+def test_a_local_ray_is_our_own_and_any_other_is_the_one_named(monkeypatch, address, environment, expected):
+    """Without an address ray.init would join whatever cluster was left running on this machine."""
+    asked = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if environment:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    monkeypatch.setattr(dispatch.ray, "init", lambda **options: asked.update(options))
+    monkeypatch.setattr(dispatch.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(dispatch.signal, "signal", lambda *args: None)
+    with dispatch.ray_cluster(address, cpus=None):
+        assert asked["address"] == expected
+    assert ("num_cpus" in asked) == (expected == "local")
