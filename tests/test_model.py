@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sim.generator import Generator
 from sim.system import Batch
+from tests.stock import StockTransformer, stacked
 from tests.toys import MaskedToy
 from train.config import ModelConfig, TrainConfig
 from train.loop import Trainer
@@ -18,63 +18,13 @@ from train.snapshot import Snapshot
 D_IN, D_OUT, B, N = 3, 2, 4, 6
 
 
-class Block(nn.Module):
-    def __init__(self, width, heads, hidden, scale):
-        super().__init__()
-        self.heads, self.scale = heads, scale
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.ff = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-    def forward(self, x, visible):
-        y = self.norm1(x)
-        split = [m(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v)]
-        mask = None if visible is None else visible[:, None]
-        y = F.scaled_dot_product_attention(*split, attn_mask=mask, scale=self.scale)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        return x + self.ff(self.norm2(x))
-
-
-class Reference(nn.Module):
-    """One member, written as anybody would."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.embed = nn.Linear(D_IN, config.width)
-        hidden = config.feedforward * config.width
-        blocks = [Block(config.width, config.n_heads, hidden, config.logit_scale) for _ in range(config.layers)]
-        self.blocks = nn.ModuleList(blocks)
-        self.norm, self.unembed = nn.LayerNorm(config.width), nn.Linear(config.width, D_OUT)
-
-    def forward(self, x, visible=None):
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x, visible)
-        return self.unembed(self.norm(x))
-
-    def named(self):
-        """My parameters under the stacked model's names, mapped back to its shapes."""
-        found = {"embed.W": self.embed.weight.T, "embed.b": self.embed.bias}
-        for i, block in enumerate(self.blocks):
-            for name, module in (("Wq", block.q), ("Wk", block.k), ("Wv", block.v)):
-                found[f"{i}.{name}"] = module.weight.T.unflatten(1, (block.heads, -1)).transpose(0, 1)
-            found[f"{i}.Wo"] = block.o.weight.T.unflatten(0, (block.heads, -1))
-            for name, norm in (("norm1", block.norm1), ("norm2", block.norm2)):
-                found |= {f"{i}.{name}.scale": norm.weight, f"{i}.{name}.shift": norm.bias}
-            found |= {f"{i}.W1": block.ff[0].weight.T, f"{i}.b1": block.ff[0].bias}
-            found |= {f"{i}.W2": block.ff[2].weight.T, f"{i}.b2": block.ff[2].bias}
-        found |= {"norm.scale": self.norm.weight, "norm.shift": self.norm.bias}
-        return found | {"unembed.W": self.unembed.weight.T, "unembed.b": self.unembed.bias}
-
-
 def references(config, count=3):
     torch.manual_seed(0)
-    models = [Reference(config).double() for _ in range(count)]
+    models = [StockTransformer(config, D_IN, D_OUT).double() for _ in range(count)]
     with torch.no_grad():
         for parameter in itertools.chain(*(model.parameters() for model in models)):
             parameter.add_(0.3 * torch.randn_like(parameter))  # no vector stays at 0 or 1
-    names = models[0].named()
-    return models, {name: torch.stack([model.named()[name].detach() for model in models]) for name in names}
+    return models, stacked(models)
 
 
 def random_batch(seed=0, **fields):
@@ -96,20 +46,14 @@ def test_forward_and_gradient_equal_the_stock_model(config):
     assert parameters.keys() == tensor_specs(config, D_IN, D_OUT).keys()
     batch = random_batch()
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    stacked = forward(leaves, config, batch)
+    together = forward(leaves, config, batch)
     alone = torch.stack([model(batch.inputs) for model in models])
-    torch.testing.assert_close(stacked, alone)
-    stacked.square().sum().backward()
+    torch.testing.assert_close(together, alone)
+    together.square().sum().backward()
     alone.square().sum().backward()
-    for s, model in enumerate(models):
-        for name, parameter in dict(model.named_parameters()).items():
-            assert parameter.grad is not None, name
-        torch.testing.assert_close(leaves["0.Wq"].grad[s], grad_of_q(model, config))
-        torch.testing.assert_close(leaves["embed.b"].grad[s], model.embed.bias.grad)
-
-
-def grad_of_q(model, config):
-    return model.blocks[0].q.weight.grad.T.unflatten(1, (config.n_heads, -1)).transpose(0, 1)
+    assert all(parameter.grad is not None for model in models for parameter in model.parameters())
+    for name, expected in stacked(models, gradient=True).items():
+        torch.testing.assert_close(leaves[name].grad, expected, msg=name)
 
 
 def test_masks_hide_keys_as_in_the_stock_model():
