@@ -27,11 +27,12 @@ from probes.probe import Probe, ProbeBatch
 from sim.generator import Generator
 from sim.pool import Pool
 from sim.system import Batch, Rows, System
-from train import checkpoint, loop
+from train import checkpoint
 from train.checkpoint import Files
-from train.loop import State, Trainer
+from train.loop import Trainer
 from train.model import tensor_specs
 from train.snapshot import Snapshot
+from train.state import State, join, unflatten
 
 Figures = dict[str, NDArray[np.float64]]
 
@@ -217,7 +218,7 @@ def restore_checkpoint(files: Files, pack: Pack) -> tuple[State, Curves] | None:
     step, slices = found
     states = [checkpoint.to_state(step, arrays).take(rows) for arrays, rows in slices]
     parts = [tables.take(only_curves(arrays), rows) for arrays, rows in slices]
-    return loop.join(states), Curves.from_arrays(tables.join(parts))
+    return join(states), Curves.from_arrays(tables.join(parts))
 
 
 def only_curves(arrays: Mapping[str, NDArray[np.generic]]) -> tables.Columns:
@@ -237,7 +238,7 @@ def member_files(member: Member, index: int, curves: Curves) -> dict[str, bytes]
     weights = {
         f"{step}/{name}": value[0].numpy()
         for step, rows in sorted(curves.weights.items())
-        for name, value in loop.unflatten(torch.from_numpy(rows[index : index + 1]), specs).items()
+        for name, value in unflatten(torch.from_numpy(rows[index : index + 1]), specs).items()
     }
     return {
         "weights.npz": checkpoint.encode_arrays(weights),
@@ -295,7 +296,7 @@ def pools(members: Sequence[Pack], device: str) -> Iterator[tuple[Pack, Pool]]:
 def make_pool(config: MemberConfig, device: str = "cpu") -> Pool:
     """The pool of a member's system, in its precision, on the device."""
     pool = Pool.make(config.system, config.data.seed, part_sizes(config))
-    return pool.to(device, getattr(torch, config.train.precision))
+    return pool.to(device, config.train.dtype)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,7 +37,7 @@ from probes.probe import Probe
 from sim.pool import Pool, digest_of
 from train import checkpoint
 from train.checkpoint import Files
-from train.loop import State
+from train.state import State
 
 GIVE_UP = 3  # failures at the same step after which a pack's members are FAILED
 REPORT_EVERY = 1.0  # seconds between reports to the driver
@@ -97,7 +97,7 @@ def pool_and_probes(config: MemberConfig, pools: Mapping[str, Any], device: str)
     key = (pool_name(config), config.probe, config.train.precision, device)
     if key not in _kept:
         _kept.clear()
-        pool = Pool.from_arrays(ray.get(pools[key[0]])).to(device, getattr(torch, config.train.precision))
+        pool = Pool.from_arrays(ray.get(pools[key[0]])).to(device, config.train.dtype)
         _kept[key] = (pool, build_probes(config, pool))
     return _kept[key]
 

@@ -11,10 +11,11 @@ from sim.generator import Generator
 from sim.particles import ParticleSystem
 from sim.pool import Pool
 from tests.toys import MaskedToy, NoisedToy
-from train import checkpoint, loop
+from train import checkpoint
 from train.config import ModelConfig, TrainConfig
-from train.loop import Trainer, flatten, probe_steps, shape_of, unflatten
+from train.loop import Trainer, probe_steps, shape_of
 from train.model import forward, tensor_specs
+from train.state import ALIGNMENT, flatten, join, unflatten
 
 MODEL = ModelConfig(width=16, layers=2, heads=2)
 TRAIN = TrainConfig(steps=12, batch_size=7, learning_rate=3e-3)
@@ -27,7 +28,7 @@ def rows_of(system, dtype=torch.float32, n=64):
 
 def trainer(system=MASKED, trains=TRAIN, keys=(1,), model=MODEL, state=None, n=64):
     trains = trains if isinstance(trains, list) else [trains] * len(keys)
-    dtype = getattr(torch, trains[0].precision)
+    dtype = trains[0].dtype
     return Trainer(system, rows_of(system, dtype, n), model, trains, list(keys), state=state)
 
 
@@ -169,7 +170,7 @@ def test_slices_resume_in_packs_of_another_size_and_order():
     whole = run(keys=(1, 2, 3, 4))
     halves = [run(keys=keys, steps=5) for keys in ((1, 2), (3, 4))]
     order = [(1, 0), (0, 1), (0, 0)]  # members 3, 2, 1
-    state = loop.join([halves[half].take([row]) for half, row in order])
+    state = join([halves[half].take([row]) for half, row in order])
     again = run(keys=(3, 2, 1), state=state)
     for name, value in whole.tensors().items():
         assert torch.equal(again.tensors()[name], value[[2, 1, 0]]), name
@@ -177,7 +178,7 @@ def test_slices_resume_in_packs_of_another_size_and_order():
 
 def test_states_at_different_steps_do_not_join():
     with pytest.raises(ValueError, match="step"):
-        loop.join([run(steps=2), run(steps=3)])
+        join([run(steps=2), run(steps=3)])
 
 
 def test_one_pack_after_another_equals_it_alone():
@@ -195,7 +196,7 @@ def test_flat_rows_and_named_views_are_the_same_numbers():
     specs = tensor_specs(MODEL, 2, 2)
     named = {name: torch.randn(3, *spec.shape) for name, spec in specs.items()}
     flat = flatten(named, specs)
-    assert flat.shape[1] % loop.ALIGNMENT == 0
+    assert flat.shape[1] % ALIGNMENT == 0
     assert all(torch.equal(view, named[name]) for name, view in unflatten(flat, specs).items())
 
 

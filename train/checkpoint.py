@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.loop import State
+from train.state import State
 
 Arrays = dict[str, NDArray[Any]]
 FOLDER = "checkpoints"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+import torch
 
 from sim.checks import require, require_number, require_one_of
 
 Optimizer = Literal["adam", "sgd"]
 Parametrization = Literal["standard", "mup"]
-Precision = Literal["float32", "float64"]
+Precision = Literal["float32", "float64", "tf32", "bf16"]
 
 
 def require_finite(config: Any) -> None:
@@ -106,12 +108,13 @@ class TrainConfig:
     clip: float | None = None
     """Largest norm of a member's gradient; None: no clip."""
     precision: Precision = "float32"
-    """Of parameters and data. Matrix products use the full precision of the type."""
+    """float32, float64: of parameters, data and every product. tf32, bf16: as float32, but products while training see
+    operands rounded to 11 or 8 bits (tf32 on a GPU only; bf16 also between layers); probes measure in float32."""
 
     def __post_init__(self) -> None:
         require_finite(self)
         require_one_of("optimizer", self.optimizer, ("adam", "sgd"))
-        require_one_of("precision", self.precision, ("float32", "float64"))
+        require_one_of("precision", self.precision, get_args(Precision))
         for name in ("steps", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup", "weight_decay"):
@@ -121,3 +124,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         require(self.clip is None or self.clip > 0, "clip", self.clip, "above 0, or None")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters, moments and data."""
+        return torch.float64 if self.precision == "float64" else torch.float32

@@ -1,15 +1,17 @@
 """Train a pack: S members of equal shape in one process, each on its own stream of random numbers.
 
 Everything is per member - data order, learning rate, weight decay, clip, loss, divergence - so that a member's numbers
-depend on its own config and key alone. Between probe steps nothing is copied to the host.
+depend on its own config and key alone. A pack is trained in parts of a few members, as many as work best at once on the
+device. On a GPU a step is recorded once as a CUDA graph and then replayed; between probe steps nothing is copied to the
+host.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,13 +21,17 @@ from sim.checks import require
 from sim.generator import Generator
 from sim.system import Rows, System
 from train.config import ModelConfig, TrainConfig
-from train.model import TensorSpec, forward, initial, tensor_specs
+from train.model import activations, initial, tensor_specs
+from train.recording import Recording, aside
 from train.snapshot import Snapshot
+from train.state import State, flatten, unflatten
+from train.step import Part, Task
 
 PER_MEMBER = ("learning_rate", "weight_decay", "clip")
 RESULTS_VERSION = 1  # raised when a fix changes numbers
-ALIGNMENT = 64  # a member's row starts at a multiple of this many numbers: vector kernels then treat all members alike
-DIVERGED_LOSS = 1e6  # a member above this is frozen, as is one whose loss or gradient is not finite
+WARM = 3  # steps on a GPU before one is recorded: libraries choose their kernels and work space in them
+CACHE = 8 << 20  # bytes
+AHEAD = 1 << 18  # row numbers worked out at once: enough to spread the cost of many tiny operations over steps
 
 
 @functools.cache
@@ -41,63 +47,49 @@ def shape_of(train: TrainConfig) -> TrainConfig:
     return replace(train, **{name: getattr(default, name) for name in PER_MEMBER})
 
 
-@dataclass(kw_only=True, slots=True)
-class State:
-    """Everything that training a pack needs to go on, leading axis S throughout: `take` and `join` cut and merge packs.
-
-    weights, mean, square `[S, P]`: parameters in the order of `tensor_specs`, padded, and Adam's two moments;
-    loss_sum, loss_count `[S]`: training loss since the last probe step;
-    diverged `[S]`: the step at which a member was frozen, -1 while it runs.
-    """
-
-    step: int
-    weights: Tensor
-    mean: Tensor
-    square: Tensor
-    loss_sum: Tensor
-    loss_count: Tensor
-    diverged: Tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The stacked tensors by name."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "step"}
-
-    def take(self, index: Sequence[int]) -> State:
-        """A copy of the members at `index`."""
-        return State(step=self.step, **{name: value[list(index)] for name, value in self.tensors().items()})
-
-    def to(self, device: torch.device | str) -> State:
-        """On another device."""
-        return State(step=self.step, **{name: value.to(device) for name, value in self.tensors().items()})
+def fitting(system: System, rows: Rows, model: ModelConfig, train: TrainConfig) -> int:
+    """How many members should take a step at once on the device of the rows: at least 1."""
+    example = system.draw(rows.take(slice(0, 1)), Generator.of("example", device=rows.device))
+    tokens = example.inputs.shape[-2]
+    keys = tokens if example.keys is None else example.keys.shape[-1]
+    each = train.batch_size * activations(model, tokens, keys) * train.dtype.itemsize
+    return max(1, memory_at_once(rows.device) // each)
 
 
-def join(states: Sequence[State]) -> State:
-    """One pack of several packs that stand at the same step."""
-    steps = {state.step for state in states}
-    require(len(steps) == 1, "step", sorted(steps), "the same in all states that are joined")
-    parts = [state.tensors() for state in states]
-    return State(step=steps.pop(), **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+def memory_at_once(device: torch.device) -> int:
+    """Bytes that activations of one part may take: on a GPU half of what is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return CACHE
 
 
-def unflatten(flat: Tensor, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    """Named views `[S, ...]` into rows `[S, P]`."""
-    views, start = {}, 0
-    for name, spec in specs.items():
-        size = math.prod(spec.shape)
-        views[name] = flat[:, start : start + size].view(len(flat), *spec.shape)
-        start += size
-    return views
+class Schedule:
+    """Which rows each member sees at a step, and keys for what else is random there; worked out many steps at once."""
 
+    def __init__(self, members: Generator, rows: int, batch: int) -> None:
+        self.order, self.noise = members.fold("rows"), members.fold("draw")
+        self.rows, self.batch = rows, batch
+        self.steps = max(1, min(64, AHEAD // (len(members.key) * batch)))
+        self._block = -1
+        self._index = self._keys = members.key
 
-def flatten(named: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> Tensor:
-    """Rows `[S, P]` of named tensors `[S, ...]`, padded with zeros to the alignment."""
-    rows = [named[name].flatten(1) for name in specs]
-    used = sum(row.shape[1] for row in rows)
-    return torch.cat([*rows, rows[0].new_zeros(len(rows[0]), -used % ALIGNMENT)], dim=1)
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Row numbers `[S, B]` and keys `[S]`."""
+        block, place = divmod(step, self.steps)
+        if block != self._block:
+            start = block * self.steps
+            steps = torch.arange(start, start + self.steps, device=self.order.key.device)[:, None]
+            self._index = self.order.fold(steps).integers(self.rows, self.batch)
+            self._block, self._keys = block, self.noise.fold(steps).key
+        return self._index[place], self._keys[place]
 
 
 class Trainer:
-    """A pack in training. `trains` and `keys` hold one entry a member; `rows` is the train part, on the device."""
+    """A pack in training. `trains` and `keys` hold one entry a member; `rows` is the train part, on the device.
+
+    orders: each member's key for its order of rows and its noise (None: `keys`); members with equal ones see the same.
+    chunk: how many members take a step at once (None: as `fitting` has it); on a CPU it changes no number.
+    """
 
     def __init__(
         self,
@@ -107,35 +99,32 @@ class Trainer:
         trains: Sequence[TrainConfig],
         keys: Sequence[int],
         *,
+        orders: Sequence[int] | None = None,
         state: State | None = None,
+        chunk: int | None = None,
     ) -> None:
+        orders = keys if orders is None else orders
         require(len({shape_of(train) for train in trains}) == 1, "train", trains, f"equal but for {PER_MEMBER}")
-        require(len(trains) == len(keys), "keys", len(keys), f"one for each of {len(trains)} members")
-        self.system, self.rows, self.model, self.train = system, rows, model, shape_of(trains[0])
+        for name, given in (("keys", keys), ("orders", orders)):
+            require(len(given) == len(trains), name, len(given), f"one for each of {len(trains)} members")
+        require(chunk is None or chunk >= 1, "chunk", chunk, "at least 1, or None")
+        self.system, self.model, self.train, self.device = system, model, shape_of(trains[0]), rows.device
         self.specs = tensor_specs(model, system.d_in, system.d_out)
-        self.dtype = getattr(torch, self.train.precision)
-        device = rows.device
-        self.generator = Generator.stack(keys, device)
-        self.state = (state or self._start(keys)).to(device)
-        self.rate = self._column([train.learning_rate for train in trains])
-        self.decay = self._column([train.weight_decay for train in trains])
-        self.clip = self._column([train.clip if train.clip is not None else math.inf for train in trains])
-        self.clipped = any(train.clip is not None for train in trains)
-        relative = {
-            name: torch.full((1, *spec.shape), spec.rate(model, self.train.optimizer), dtype=self.dtype)
-            for name, spec in self.specs.items()
-        }
-        self.relative_rate = flatten(relative, self.specs).to(device)
-        self.parameters = {
-            name: view.requires_grad_() for name, view in unflatten(self.state.weights, self.specs).items()
-        }
-
-    def _column(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=self.dtype, device=self.generator.key.device)[:, None]
+        self.state = (state or self._start(keys)).to(self.device)
+        self.schedule = Schedule(Generator.stack(orders, self.device), len(rows), self.train.batch_size)
+        self.chunk = min(chunk or fitting(system, rows, model, self.train), len(keys))
+        task = Task(
+            system=system, rows=rows, model=model, train=self.train, specs=self.specs, rate=self._relative_rate()
+        )
+        self.cuts = [slice(start, start + self.chunk) for start in range(0, len(keys), self.chunk)]
+        self.parts = [Part(task, self.state.part(cut), trains[cut]) for cut in self.cuts]
+        self.clock = torch.tensor(self.state.step, device=self.device)
+        self._first = self.state.step
+        self._recorded: Recording | None = None
 
     def _start(self, keys: Sequence[int]) -> State:
         generator = Generator.stack(keys).fold("initial")
-        named = initial(self.model, self.system.d_in, self.system.d_out, generator, self.dtype)
+        named = initial(self.model, self.system.d_in, self.system.d_out, generator, self.train.dtype)
         weights = flatten(named, self.specs)
         zeros = torch.zeros(len(keys), dtype=torch.float64)
         return State(
@@ -148,10 +137,21 @@ class Trainer:
             diverged=torch.full((len(keys),), -1, dtype=torch.int64),
         )
 
+    def _relative_rate(self) -> Tensor | None:
+        rates = {name: spec.rate(self.model, self.train.optimizer) for name, spec in self.specs.items()}
+        if set(rates.values()) == {1.0}:
+            return None
+        full = {name: torch.full((1, *self.specs[name].shape), rate) for name, rate in rates.items()}
+        return flatten(full, self.specs).to(self.device, self.train.dtype)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Named weights `[S, ...]`, live."""
+        return unflatten(self.state.weights, self.specs)
+
     def snapshot(self) -> Snapshot:
         """The pack as it stands; valid until the next step."""
-        parameters = {name: value.detach() for name, value in self.parameters.items()}
-        return Snapshot(step=self.state.step, system=self.system, model=self.model, parameters=parameters)
+        return Snapshot(step=self.state.step, system=self.system, model=self.model, parameters=self.parameters)
 
     def run(self, stops: Sequence[int]) -> Iterator[Snapshot]:
         """Train on to each of the steps that lie ahead (or here), in order, and yield the snapshot there."""
@@ -171,35 +171,19 @@ class Trainer:
 
     def advance(self) -> None:
         """One optimiser step of every member that has not diverged."""
-        state, step = self.state, self.state.step
-        index = self.generator.fold("rows").fold(step).integers(len(self.rows), self.train.batch_size)
-        batch = self.system.draw(self.rows.take(index), self.generator.fold("draw").fold(step))
-        loss = self.system.loss(forward(self.parameters, self.model, batch), batch).mean(-1)
-        named = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
-        with torch.no_grad():
-            gradient = flatten(dict(zip(self.parameters, named, strict=True)), self.specs)
-            norm = gradient.square().sum(1, keepdim=True).sqrt()
-            sound = torch.isfinite(norm[:, 0]) & (loss <= DIVERGED_LOSS)
-            state.diverged = torch.where(sound | (state.diverged >= 0), state.diverged, step)
-            alive = state.diverged < 0
-            if self.clipped:
-                gradient.mul_((self.clip / norm).clamp_max(1.0))
-            self._apply(torch.where(alive[:, None], self._direction(gradient), 0.0), alive)
-            state.loss_sum += torch.where(alive, loss, torch.nan)
-            state.loss_count += 1
-        state.step = step + 1
+        index, keys = self.schedule.at(self.state.step)
+        if self.device.type != "cuda":
+            self._take(index, keys)
+        elif self._recorded is None and self.state.step < self._first + WARM:
+            aside(functools.partial(self._take, index, keys))
+        else:
+            if self._recorded is None:
+                self._recorded = Recording(self._take, index, keys)
+            self._recorded.replay(index, keys)
+        self.state.step += 1
 
-    def _direction(self, gradient: Tensor) -> Tensor:
-        """The step `[S, P]` for unit rate: the gradient, or Adam's (Kingma and Ba 2015, algorithm 1)."""
-        if self.train.optimizer == "sgd":
-            return gradient
-        beta1, beta2, count = self.train.beta1, self.train.beta2, self.state.step + 1
-        self.state.mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
-        self.state.square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (self.state.square / (1 - beta2**count)).sqrt_().add_(self.train.epsilon)
-        return (self.state.mean / (1 - beta1**count)).div_(root)
-
-    def _apply(self, direction: Tensor, alive: Tensor) -> None:
-        rate = self.rate * min(1.0, (self.state.step + 1) / max(self.train.warmup, 1))
-        shrink = torch.where(alive[:, None], 1 - rate * self.decay, 1.0)
-        self.state.weights.mul_(shrink).sub_(direction.mul_(self.relative_rate).mul_(rate))
+    def _take(self, index: Tensor, keys: Tensor) -> None:
+        """A step of all parts; all that it reads of time is on the device."""
+        for cut, part in zip(self.cuts, self.parts, strict=True):
+            part.take(self.clock, index[cut], Generator(keys[cut]))
+        self.clock.add_(1)

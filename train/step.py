@@ -1,0 +1,119 @@
+"""One optimiser step of a few members of a pack, in place on their rows of its state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from sim.generator import Generator
+from sim.system import Rows, System
+from train.config import ModelConfig, Precision, TrainConfig
+from train.model import TensorSpec, forward
+from train.state import State, unflatten
+
+DIVERGED_LOSS = 1e6  # a member above this is frozen, as is one whose loss or gradient is not finite
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Matrix products as `TrainConfig.precision` says, whatever was set before; on leaving, as before."""
+    if device.type == "cuda":
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+            yield
+    finally:
+        if device.type == "cuda":
+            matmul.fp32_precision = before
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What all parts of a pack share. rate: each parameter's own learning rate relative to its member's `[1, P]`, or
+    None where all are 1."""
+
+    system: System
+    rows: Rows
+    model: ModelConfig
+    train: TrainConfig
+    specs: Mapping[str, TensorSpec]
+    rate: Tensor | None
+
+
+class Part:
+    """A few members of a pack: one optimiser step of them all, in place on their rows of the pack's state."""
+
+    def __init__(self, task: Task, state: State, trains: Sequence[TrainConfig]) -> None:
+        self.task, self.state = task, state
+        self.rate = self._column([train.learning_rate for train in trains])
+        self.decay = self._column([train.weight_decay for train in trains])
+        self.clip = self._column([train.clip if train.clip is not None else math.inf for train in trains])
+        self.decays, self.clips = bool(self.decay.any()), bool(self.clip.isfinite().any())
+        weights = self.state.weights
+        self.parameters = {name: view.requires_grad_() for name, view in unflatten(weights, task.specs).items()}
+        self.gradient, self.direction = torch.zeros_like(weights), torch.zeros_like(weights)
+        self.gradients = list(unflatten(self.gradient, task.specs).values())
+        self.frozen = bool((state.diverged >= 0).any())
+        self.count = torch.tensor(float(state.step), device=weights.device)
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        weights = self.state.weights
+        return torch.tensor(values, dtype=weights.dtype, device=weights.device)[:, None]
+
+    def take(self, step: Tensor, index: Tensor, noise: Generator) -> None:
+        """Step number `step` of every member that runs: on the rows at `index [S, B]`, with `noise` for what is random.
+
+        Touches memory at fixed addresses only and asks the host nothing on a GPU, so that it can be recorded.
+        """
+        task = self.task
+        batch = task.system.draw(task.rows.take(index), noise)
+        with arithmetic(task.train.precision, index.device):
+            loss = task.system.loss(forward(self.parameters, task.model, batch), batch).mean(-1)
+            found = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
+        with torch.no_grad():
+            torch._foreach_copy_(self.gradients, found)
+            self._update(step, loss.detach())
+
+    def _update(self, step: Tensor, loss: Tensor) -> None:
+        state, gradient = self.state, self.gradient
+        norm = torch.linalg.vector_norm(gradient, dim=1)
+        sound = (norm < math.inf) & (loss <= DIVERGED_LOSS)  # NaN is neither
+        if self.clips:
+            gradient.mul_((self.clip / norm[:, None]).clamp_max(1.0))
+        rate = self.rate
+        if self.frozen or gradient.device.type != "cpu" or not sound.all():  # only a CPU is asked
+            self.frozen = True
+            state.diverged.masked_fill_(~sound & (state.diverged < 0), step)
+            ill = state.diverged >= 0
+            loss = loss.masked_fill(ill, torch.nan)
+            gradient.masked_fill_(ill[:, None], 0.0)  # NaN in a row of a frozen member would outlive any factor
+            rate = rate.masked_fill(ill[:, None], 0.0)
+        state.loss_sum.add_(loss)
+        state.loss_count.add_(1)
+        if (warmup := self.task.train.warmup) > 0:
+            rate = rate * ((step + 1).double() / warmup).clamp_max(1.0).to(rate.dtype)
+        if self.decays:
+            state.weights.mul_(1 - rate * self.decay)
+        if self.task.rate is not None:
+            rate = rate * self.task.rate
+        state.weights.addcmul_(self._downhill(), rate)
+
+    def _downhill(self) -> Tensor:
+        """The step `[S, P]` for unit rate: minus the gradient, or Adam's (Kingma and Ba 2015, algorithm 1)."""
+        train, state = self.task.train, self.state
+        if train.optimizer == "sgd":
+            return self.gradient.neg_()
+        # The fused kernel knows one rate for all: at rate 1 it leaves the direction in a buffer of zeros.
+        adam(
+            [self.direction.zero_()], [self.gradient], [state.mean], [state.square], [], [self.count],
+            beta1=train.beta1, beta2=train.beta2, eps=train.epsilon, lr=1.0, weight_decay=0.0,
+            amsgrad=False, maximize=False, fused=True,
+        )  # fmt: skip
+        return self.direction
