@@ -9,6 +9,7 @@ host.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,7 +31,8 @@ from train.step import Part, Task
 PER_MEMBER = ("learning_rate", "weight_decay", "clip")
 RESULTS_VERSION = 1  # raised when a fix changes numbers
 WARM = 3  # steps on a GPU before one is recorded: libraries choose their kernels and work space in them
-CACHE = 8 << 20  # bytes
+CACHE = 40 << 20  # bytes of activations that a part may keep on a CPU, and
+AT_ONCE = 32  # members: both measured (tests/bench/steps.py), the speed of a step is flat around them
 AHEAD = 1 << 18  # row numbers worked out at once: enough to spread the cost of many tiny operations over steps
 
 
@@ -48,19 +50,30 @@ def shape_of(train: TrainConfig) -> TrainConfig:
 
 
 def fitting(system: System, rows: Rows, model: ModelConfig, train: TrainConfig) -> int:
-    """How many members should take a step at once on the device of the rows: at least 1."""
+    """How many members should take a step at once on the device of the rows: at least 1.
+
+    A CPU is fastest while what they keep for the backward pass stays near its cache; a GPU while half of its free
+    memory holds it.
+    """
+    each = train.batch_size * example_bytes(system, rows, model, train)
+    if rows.device.type == "cuda":
+        return max(1, torch.cuda.mem_get_info(rows.device)[0] // 2 // each)
+    return min(AT_ONCE, max(1, CACHE // each))
+
+
+def example_bytes(system: System, rows: Rows, model: ModelConfig, train: TrainConfig) -> int:
+    """Bytes that one member keeps of one example for the backward pass, about."""
     example = system.draw(rows.take(slice(0, 1)), Generator.of("example", device=rows.device))
     tokens = example.inputs.shape[-2]
     keys = tokens if example.keys is None else example.keys.shape[-1]
-    each = train.batch_size * activations(model, tokens, keys) * train.dtype.itemsize
-    return max(1, memory_at_once(rows.device) // each)
+    return activations(model, tokens, keys) * train.dtype.itemsize
 
 
-def memory_at_once(device: torch.device) -> int:
-    """Bytes that activations of one part may take: on a GPU half of what is free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return CACHE
+def even_cuts(count: int, most: int) -> list[slice]:
+    """0..count in as few slices as `most` allows, of sizes that differ by at most 1."""
+    parts = -(-count // most)
+    edges = [count * i // parts for i in range(parts + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 class Schedule:
@@ -112,11 +125,10 @@ class Trainer:
         self.specs = tensor_specs(model, system.d_in, system.d_out)
         self.state = (state or self._start(keys)).to(self.device)
         self.schedule = Schedule(Generator.stack(orders, self.device), len(rows), self.train.batch_size)
-        self.chunk = min(chunk or fitting(system, rows, model, self.train), len(keys))
         task = Task(
             system=system, rows=rows, model=model, train=self.train, specs=self.specs, rate=self._relative_rate()
         )
-        self.cuts = [slice(start, start + self.chunk) for start in range(0, len(keys), self.chunk)]
+        self.cuts = even_cuts(len(keys), chunk or fitting(system, rows, model, self.train))
         self.parts = [Part(task, self.state.part(cut), trains[cut]) for cut in self.cuts]
         self.clock = torch.tensor(self.state.step, device=self.device)
         self._first = self.state.step
