@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -23,14 +24,13 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 
 from cluster.sweep import MemberConfig, Pack, part_sizes
-from cluster.trial import TrialContext, pool_name, train_pack
+from cluster.trial import Report, TrialContext, pool_name, train_pack
 from sim.checks import require
 from sim.pool import Pool
 
 RETRIES = 12  # of one trial; a pack gives up by itself sooner, after three failures at one step
 
-OnProgress = Callable[[str, int, float, str], None]
-"""Called with pack id, step, mean training loss and the cause of failure ('' while sound)."""
+OnReport = Callable[[Report], None]
 
 
 @contextmanager
@@ -102,8 +102,8 @@ def _pool_arrays(config: MemberConfig) -> tuple[dict[str, Any], None]:
 class _Progress(Callback):
     """Hands trial reports to the driver's own function, which holds the terminal and stays behind when Tune pickles."""
 
-    def __init__(self, packs: Sequence[Pack], on_progress: OnProgress) -> None:
-        self.packs, self.on_progress = packs, on_progress
+    def __init__(self, packs: Sequence[Pack], on_report: OnReport) -> None:
+        self.packs, self.on_report = packs, on_report
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
         return Callback, ()
@@ -112,16 +112,16 @@ class _Progress(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Tune's hook."""
-        self.on_progress(result["pack"], result["step"], result["loss"], result["failed"])
+        self.on_report(Report(**{item.name: result[item.name] for item in fields(Report)}))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's hook: the trial has used up its retries."""
         pack = self.packs[trial.config["pack"]]
-        self.on_progress(pack.id, pack.start, float("nan"), "the worker kept failing")
+        self.on_report(Report(pack=pack.id, step=pack.start, failed="the worker kept failing"))
 
 
-def run_packs(context: TrialContext, resources: Mapping[str, float], on_progress: OnProgress) -> None:
-    """Run one trial per pack and wait for all. Failures are told through `on_progress`; the ledger has their causes."""
+def run_packs(context: TrialContext, resources: Mapping[str, float], on_report: OnReport) -> None:
+    """Run one trial per pack and wait for all. Failures are told through `on_report`; the ledger has their causes."""
     trainable = tune.with_resources(
         tune.with_parameters(train_pack, context=context), {name.lower(): amount for name, amount in resources.items()}
     )
@@ -135,7 +135,7 @@ def run_packs(context: TrialContext, resources: Mapping[str, float], on_progress
                 storage_path=folder,
                 verbose=0,
                 failure_config=FailureConfig(max_failures=RETRIES),
-                callbacks=[_Progress(context.packs, on_progress)],
+                callbacks=[_Progress(context.packs, on_report)],
             ),
         )
         tuner.fit()

@@ -16,6 +16,7 @@ from rich.table import Table
 from cluster.analysis import STATUSES
 from cluster.plan import Plan, describe, shape_name
 from cluster.sweep import Pack, Sweep
+from cluster.trial import Report
 
 LINE_EVERY = 15.0  # seconds between plain lines
 SHOWN = 6  # packs with a bar of their own at one time
@@ -74,11 +75,14 @@ class Terminal:
     def _work_done(self) -> int:
         return sum(len(p.members) * (self.steps[p.id] - p.start) for p in self.by_id.values())
 
-    def progress(self, pack: str, step: int, loss: float, failed: str) -> None:
-        """A pack has come to a step, or has failed for good."""
-        if failed and pack not in self.lost:
-            self.lost[pack] = failed
-            self.console.print(f"[red]pack {pack} failed[/red]: {escape(failed)}")
+    def progress(self, report: Report) -> None:
+        """A pack has come to a step, has failed for good, or does not go as planned."""
+        pack, step, loss = report.pack, report.step, report.loss
+        if report.failed and pack not in self.lost:
+            self.lost[pack] = report.failed
+            self.console.print(f"[red]pack {pack} failed[/red]: {escape(report.failed)}")
+        if report.note:
+            self.console.print(f"[yellow]pack {pack}[/yellow] {escape(report.note)}")
         self.steps[pack] = max(step, self.steps.get(pack, 0))
         if self.console.is_terminal:
             self._draw(pack, loss)

@@ -25,7 +25,7 @@ from cluster.report import MemberData, require_replaceable, write_report
 from cluster.store import open_store
 from cluster.sweep import Member, Pack, Sweep, packs, validate, versions
 from cluster.tracking import Ledger, Place
-from cluster.trial import TrialContext, forget_attempts
+from cluster.trial import Report, TrialContext, forget_attempts
 from sim.checks import require
 from sim.generator import Generator
 from train import checkpoint
@@ -75,8 +75,8 @@ class Display(Protocol):
     def packs(self, packs: Sequence[Pack]) -> None:
         """These packs will be trained."""
 
-    def progress(self, pack: str, step: int, loss: float, failed: str) -> None:
-        """A pack has come to a step."""
+    def progress(self, report: Report) -> None:
+        """A pack has come to a step, has failed for good, or does not go as planned."""
 
     def analyzed(self, done: int, total: int) -> None:
         """Members analysed so far."""
@@ -256,11 +256,11 @@ def train(job: Job, missing: Sequence[Member]) -> None:
         pace=Pace(checkpoint=job.desk.settings.checkpoint_every),
     )
 
-    def on_progress(pack: str, step: int, loss: float, failed: str) -> None:
+    def on_report(report: Report) -> None:
         job.ledger.require_held()
-        job.display.progress(pack, step, loss, failed)
+        job.display.progress(report)
 
-    run_packs(context, job.resources, on_progress)
+    run_packs(context, job.resources, on_report)
     settled = job.ledger.settle(running_too=True)
     clear_checkpoints(files, settled.keys())
 

@@ -71,6 +71,8 @@ class MemberRuns:
         self.place, self.pack, self.device, self.patience = place, pack, device, patience
         self.client = MlflowClient(tracking_uri=place.uri)
         self.points: list[list[Metric]] = [[] for _ in pack.members]
+        self.index = {member.id: index for index, member in enumerate(pack.members)}
+        self.last = [-1] * len(pack.members)
         self.runs: list[str] = []
         self._jobs: list[Callable[[], None]] = []
         self._ready = threading.Condition()
@@ -130,12 +132,28 @@ class MemberRuns:
         if self._error is not None:
             raise self._error
 
-    def point(self, step: int, time_ms: int, figures: Mapping[str, Sequence[float]]) -> None:
-        """Add one point a member and figure; sent with the next `flush`. Values that are not finite are left out."""
-        for name, values in figures.items():
-            for index, value in enumerate(values):
-                if math.isfinite(value):
-                    self.points[index].append(Metric(name, float(value), time_ms, step))
+    def point(self, pack: Pack, step: int, time_ms: int, figures: Mapping[str, Sequence[float]]) -> None:
+        """Add one point a member and figure; sent with the next `flush`. Values that are not finite are left out.
+
+        pack: this pack or a piece of it. A step that a member has been at is not told again: its figures are the same.
+        """
+        for place, member in enumerate(pack.members):
+            index = self.index[member.id]
+            if step <= self.last[index]:
+                continue
+            self.last[index] = step
+            for name, values in figures.items():
+                if math.isfinite(values[place]):
+                    self.points[index].append(Metric(name, float(values[place]), time_ms, step))
+
+    def note(self, pack: Pack, text: str) -> None:
+        """Put a tag `note` on the runs of these members."""
+
+        def job() -> None:
+            for member in pack.members:
+                self.client.set_tag(self.runs[self.index[member.id]], "note", text[:4000])
+
+        self._submit(job)
 
     def flush(self) -> None:
         """Send the points gathered so far, in the background."""
@@ -147,9 +165,9 @@ class MemberRuns:
     def _log(self, index: int, points: Sequence[Metric]) -> None:
         self.client.log_batch(self.runs[index], metrics=points)
 
-    def finish(self, index: int, files: Mapping[str, bytes], diverged: int = -1) -> None:
+    def finish(self, member: Member, files: Mapping[str, bytes], diverged: int = -1) -> None:
         """Upload a member's files, then end its run: FINISHED, or FAILED where it diverged at a step >= 0."""
-        self._submit(lambda: self._finish(index, files, diverged))
+        self._submit(lambda: self._finish(self.index[member.id], files, diverged))
 
     def _finish(self, index: int, files: Mapping[str, bytes], diverged: int) -> None:
         run = self.runs[index]

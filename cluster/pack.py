@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +53,11 @@ class Sink(Protocol):
     def restore(self, pack: Pack) -> tuple[State, Curves] | None:
         """The furthest point that all members of the pack can go on from; None to start afresh."""
 
-    def progress(self, step: int, figures: Figures) -> None:
+    def progress(self, pack: Pack, step: int, figures: Figures) -> None:
         """Called at every probe step, and every few seconds, with losses `[S]` (and system figures) then known."""
+
+    def note(self, pack: Pack, text: str) -> None:
+        """Tell the user that the pack does not go as planned."""
 
     def save(self, pack: Pack, state: State, curves: Curves) -> None:
         """Keep a checkpoint."""
@@ -130,8 +135,9 @@ class PackRun:
         state, self.curves = resumed or (None, Curves(members=len(pack.members)))
         trains = [member.config.train for member in pack.members]
         keys = [member.key for member in pack.members]
+        orders = [member.order_key for member in pack.members]
         rows = pool.parts["train"]
-        self.trainer = Trainer(config.system, rows, config.model, trains, keys, state=state)
+        self.trainer = Trainer(config.system, rows, config.model, trains, keys, orders=orders, state=state)
         self.stops = config.probe.steps(config.train.steps)
         self.sparse = config.probe.sparse_steps(config.train.steps)
         self.kept = config.probe.weight_steps(config.train.steps)
@@ -156,7 +162,7 @@ class PackRun:
             return
         if self.progress.due():
             state = self.trainer.state
-            self.sink.progress(state.step, {"train_loss": to_numpy(state.loss_sum / state.loss_count)})
+            self.sink.progress(self.pack, state.step, {"train_loss": to_numpy(state.loss_sum / state.loss_count)})
         self._save_if_due()
 
     def _save_if_due(self) -> None:
@@ -174,7 +180,7 @@ class PackRun:
         if snapshot.step in self.kept:
             self.curves.weights[snapshot.step] = self.trainer.state.weights.detach().cpu().numpy().copy()
         self.curves.add_figures(snapshot.step, now, figures)
-        self.sink.progress(snapshot.step, figures)
+        self.sink.progress(self.pack, snapshot.step, figures)
         self._save_if_due()
 
     def measure_figures(self, snapshot: Snapshot, sparse: bool) -> Figures:
@@ -199,9 +205,46 @@ def finite_mean(values: NDArray[np.float64]) -> float:
     return float(known.mean()) if known.size else math.nan
 
 
-def run_pack(pack: Pack, pool: Pool, probes: Sequence[Probe], sink: Sink, pace: Pace | None = None) -> None:
-    """Train and probe a pack to its end; everything it finds goes to the sink."""
-    PackRun(pack, pool, probes, sink, pace).run()
+def run_pack(
+    pack: Pack, pool: Pool, probes: Sequence[Probe], sink: Sink, pace: Pace | None = None, pieces: int = 1
+) -> None:
+    """Train and probe a pack to its end; everything it finds goes to the sink.
+
+    pieces: how many packs to make of it, trained one after the other. Where memory runs out a pack is halved, again and
+    again if need be; its halves go on from its last checkpoint, and the sink is told.
+    """
+    waiting = list(pack.cut(pieces))
+    while waiting:
+        piece = waiting.pop(0)
+        if (lack := _lack_of_memory(piece, pool, probes, sink, pace)) is not None:
+            sink.note(piece, f"ran out of memory with {len(piece.members)} members, goes on in halves: {lack}")
+            waiting[:0] = piece.cut(2)
+
+
+def _lack_of_memory(pack: Pack, pool: Pool, probes: Sequence[Probe], sink: Sink, pace: Pace | None) -> str | None:
+    """Run a pack; what it lacked where memory ran out, all of it given back. A single member's lack is an error."""
+    try:
+        PackRun(pack, pool, probes, sink, pace).run()
+        return None
+    except Exception as error:
+        lack = out_of_memory(error)
+        if lack is None or len(pack.members) == 1:
+            raise
+        traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return lack
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """The first line of the lack of memory behind an error, None where it has another cause."""
+    while error is not None:
+        text = str(error).partition("\n")[0]
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+            return f"{type(error).__name__}: {text}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def save_checkpoint(files: Files, pack: Pack, state: State, curves: Curves) -> None:
@@ -260,7 +303,11 @@ class FolderSink:
         """From the folder's checkpoints."""
         return restore_checkpoint(self.files, pack)
 
-    def progress(self, step: int, figures: Figures) -> None:
+    def note(self, pack: Pack, text: str) -> None:
+        """To standard error."""
+        warn(f"pack {pack.id} {text}")
+
+    def progress(self, pack: Pack, step: int, figures: Figures) -> None:
         """A line to standard output."""
         losses = {name: finite_mean(value) for name, value in figures.items() if name.endswith("loss")}
         print(f"step {step}", *(f"{name} {value:.4f}" for name, value in losses.items()), flush=True)

@@ -98,7 +98,10 @@ class _Nowhere:
     def restore(self, pack: Pack) -> None:
         """Start afresh."""
 
-    def progress(self, step: int, figures: object) -> None:
+    def progress(self, *ignored: object) -> None:
+        """Nothing."""
+
+    def note(self, *ignored: object) -> None:
         """Nothing."""
 
     def save(self, *ignored: object) -> None:

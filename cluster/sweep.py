@@ -8,19 +8,20 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import sim.pool
 import train.loop
 from cluster.encoding import check, encode, require_known, set_field
 from probes.emergence import MIN_PROBES
-from sim.checks import require
+from sim.checks import require, require_one_of
 from sim.generator import key_of
 from sim.particles import ParticleSystem
 from sim.system import Part, System
 from train.config import ModelConfig, TrainConfig
-from train.loop import probe_steps, shape_of
+from train.loop import even_cuts, probe_steps, shape_of
 
+Order = Literal["member", "seed"]
 SWEPT = ("model", "system", "data", "train", "probe")  # parts of a sweep whose fields can be axes
 PROBES_VERSION = 1  # raised when a fix changes the numbers that probes write
 INTRODUCED: Mapping[tuple[str, str], object] = {}
@@ -37,8 +38,12 @@ class DataConfig:
     """Rows for the validation loss and the system's own figures."""
     seed: int = 0
     """Of the pool; the members' seeds are their own."""
+    order: Order = "member"
+    """Rows and noise that a member sees, step by step: its own, or by `seed` the same for all members of one seed at
+    every width and along every other axis, so that contrasts between them are paired (common random numbers)."""
 
     def __post_init__(self) -> None:
+        require_one_of("order", self.order, get_args(Order))
         for name in ("rows", "validation_rows"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
@@ -128,6 +133,12 @@ class Member:
         return key_of("member", self.id)
 
     @property
+    def order_key(self) -> int:
+        """Names the stream of rows and noise that the member is trained on."""
+        data, seed = self.config.data, self.config.seed
+        return self.key if data.order == "member" else key_of("order", data.seed, seed)
+
+    @property
     def group(self) -> str:
         """Equal for members that can share a pack."""
         return group_of(replace(self.config, train=shape_of(self.config.train), seed=0))
@@ -149,6 +160,11 @@ class Pack:
     def config(self) -> MemberConfig:
         """What the members have in common stands in the first one's config."""
         return self.members[0].config
+
+    def cut(self, pieces: int) -> tuple[Pack, ...]:
+        """The same members as `pieces` packs, fewer where there are not so many members."""
+        most = -(-len(self.members) // pieces)
+        return tuple(replace(self, members=self.members[cut]) for cut in even_cuts(len(self.members), most))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -60,6 +60,22 @@ def pool_name(config: MemberConfig) -> str:
     return digest_of(config.system, config.data.seed, part_sizes(config))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a trial tells the driver: its pack's id, the mean step and training loss of its members; why it has failed
+    for good, and what does not go as planned, both empty where all is well."""
+
+    pack: str
+    step: int
+    loss: float = float("nan")
+    failed: str = ""
+    note: str = ""
+
+    def send(self) -> None:
+        """To the driver, through Tune."""
+        tune.report(asdict(self))
+
+
 def train_pack(config: Mapping[str, Any], context: TrialContext) -> None:
     """The Tune trainable: trains pack number `config["pack"]`."""
     torch.set_num_threads(1)
@@ -72,14 +88,17 @@ def train_pack(config: Mapping[str, Any], context: TrialContext) -> None:
         cause = attempts.begin(restored[0].step if restored else 0)
         if cause is not None:
             runs.fail(cause)
-            tune.report({"pack": pack.id, "step": pack.start, "loss": float("nan"), "failed": cause})
+            Report(pack=pack.id, step=pack.start, failed=cause).send()
             return
         sink = TrialSink(attempts.files, runs, restored)
-        run_pack(pack, *pool_and_probes(pack.config, context.pools, device), sink, context.pace)
+        pieces = 2**attempts.deaths
+        if pieces > 1:
+            sink.note(pack, f"lost its worker, perhaps for want of memory; goes on in {pieces} pieces")
+        run_pack(pack, *pool_and_probes(pack.config, context.pools, device), sink, context.pace, pieces)
         runs.close()
         checkpoint.drop(attempts.files, pack.id)
         attempts.end()
-        tune.report({"pack": pack.id, "step": pack.config.train.steps, "loss": sink.loss, "failed": ""})
+        Report(pack=pack.id, step=pack.config.train.steps, loss=sink.loss).send()
     except Exception as error:
         attempts.note(error)
         if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
@@ -120,18 +139,22 @@ class Attempts:
     """Counts how often a pack was started from the same step; kept in the store, so that a killed worker counts too."""
 
     def __init__(self, files: Files, pack: Pack) -> None:
-        self.files, self.name = files, f"{ATTEMPTS}/{pack.id}.json"
+        self.files, self.name, self.deaths = files, f"{ATTEMPTS}/{pack.id}.json", 0
 
     def _read(self) -> dict[str, Any]:
         try:
             body: dict[str, Any] = json.loads(self.files.get(self.name))
         except (OSError, ValueError):
-            return {"starts": [], "cause": ""}
+            return {"starts": [], "causes": 0, "cause": ""}
         return body
 
     def begin(self, step: int) -> str | None:
-        """Note a start from `step`. Returns the cause for giving up once the limit of failures there is reached."""
+        """Note a start from `step`. Returns the cause for giving up once the limit of failures there is reached.
+
+        `deaths` then tells how many of the earlier starts ended without a cause: the worker was killed.
+        """
         body = self._read()
+        self.deaths = len(body["starts"]) - body["causes"]
         if body["starts"].count(step) >= GIVE_UP:
             self.end()  # the next run of the sweep may try again
             return f"failed {GIVE_UP} times from step {step}: {body['cause'] or 'the worker died'}"
@@ -145,7 +168,8 @@ class Attempts:
         where = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119
         cause = f"{type(error).__name__}: {error} ({where})"
         with contextlib.suppress(OSError):  # where the store itself is at fault, the error on its way says so
-            self.files.put(self.name, json.dumps({**self._read(), "cause": cause}).encode())
+            body = self._read()
+            self.files.put(self.name, json.dumps({**body, "causes": body["causes"] + 1, "cause": cause}).encode())
 
     def end(self) -> None:
         """Forget."""
@@ -158,25 +182,37 @@ class TrialSink:
     def __init__(self, files: Files, runs: MemberRuns, restored: tuple[State, Curves] | None) -> None:
         self.files, self.runs, self.restored, self.loss = files, runs, restored, float("nan")
         self.report, self.flush = Clock(REPORT_EVERY), Clock(FLUSH_EVERY)
+        self.steps = dict.fromkeys(runs.index, runs.pack.start)
 
     def restore(self, pack: Pack) -> tuple[State, Curves] | None:
         """What was found in the store; points already measured are logged again with their own wall times."""
-        if self.restored is not None:
-            curves = self.restored[1]
+        restored = self.restored if pack == self.runs.pack else restore_checkpoint(self.files, pack)
+        if restored is not None:
+            curves = restored[1]
             for t, step in enumerate(curves.figure_steps):
                 figures = live({name: values[t] for name, values in curves.figures.items()})
-                self.runs.point(step, int(curves.figure_times[t][0] * 1000), figures)
-        return self.restored
+                self.runs.point(pack, step, int(curves.figure_times[t][0] * 1000), figures)
+        return restored
 
-    def progress(self, step: int, figures: Figures) -> None:
+    def note(self, pack: Pack, text: str) -> None:
+        """To the driver, and a tag of the members' runs."""
+        self.runs.note(pack, text)
+        self._report(text)
+
+    def _report(self, note: str = "") -> None:
+        step = sum(self.steps.values()) // len(self.steps)
+        Report(pack=self.runs.pack.id, step=step, loss=self.loss, note=note).send()
+
+    def progress(self, pack: Pack, step: int, figures: Figures) -> None:
         """Points for MLflow; every second or so a report to the driver. Raises what MLflow could not take."""
         self.runs.require_sound()
-        self.runs.point(step, int(time.time() * 1000), live(figures))
+        self.runs.point(pack, step, int(time.time() * 1000), live(figures))
+        self.steps |= {member.id: step for member in pack.members}
         self.loss = finite_mean(figures["train_loss"])
         if self.flush.due():
             self.runs.flush()
         if self.report.due():
-            tune.report({"pack": self.runs.pack.id, "step": step, "loss": self.loss, "failed": ""})
+            self._report()
 
     def save(self, pack: Pack, state: State, curves: Curves) -> None:
         """To the store."""
@@ -190,7 +226,7 @@ class TrialSink:
                 "curves.parquet": to_parquet(curves.head_table(index)),
                 "figures.parquet": to_parquet(curves.figure_table(index)),
             }
-            self.runs.finish(index, files, diverged[index])
+            self.runs.finish(member, files, diverged[index])
 
 
 def live(figures: Figures) -> dict[str, list[float]]:

@@ -16,6 +16,7 @@ from cluster.pack import (
     build_probes,
     main,
     make_pool,
+    out_of_memory,
     restore_checkpoint,
     run_pack,
     save_checkpoint,
@@ -27,6 +28,7 @@ from probes.probe import Measurement
 from sim.generator import Generator
 from sim.particles import ParticleBox, ParticleSystem
 from train.config import ModelConfig, TrainConfig
+from train.loop import Trainer
 
 SWEEP = Sweep(
     name="test",
@@ -57,13 +59,16 @@ class Memory:
 
     def __init__(self, files=None, breaks_after=None):
         self.files, self.breaks_after = files, breaks_after
-        self.told, self.finished, self.saves = [], {}, 0
+        self.told, self.finished, self.saves, self.notes = [], {}, 0, []
 
     def restore(self, pack):
         return restore_checkpoint(self.files, pack) if self.files else None
 
-    def progress(self, step, figures):
+    def progress(self, pack, step, figures):
         self.told.append((step, figures))
+
+    def note(self, pack, text):
+        self.notes.append(text)
 
     def save(self, pack, state, curves):
         save_checkpoint(self.files, pack, state, curves)
@@ -147,6 +152,69 @@ def test_progress_is_told_between_probe_steps_too(tmp_path, pool, probes):
     run_pack(Pack(members=MEMBERS[:1]), pool, probes, sink, Pace(progress=0.0, checkpoint=1e9))
     assert [step for step, _ in sink.told] == list(range(15))
     assert all("train_loss" in figures for _, figures in sink.told)
+
+
+class SmallDevice:
+    """Steps fail for want of memory from step `since` on in packs above `most` members."""
+
+    def __init__(self, monkeypatch, most, since=0, error=torch.OutOfMemoryError):
+        real = Trainer.advance
+
+        def advance(trainer):
+            if len(trainer.state.weights) > most and trainer.state.step >= since:
+                try:
+                    raise error("tried to allocate 7 GiB")
+                except Exception as lack:
+                    raise RuntimeError("the recording was broken off") from lack
+            real(trainer)
+
+        monkeypatch.setattr(Trainer, "advance", advance)
+
+
+@pytest.mark.parametrize(("most", "halvings"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("since", "pace"), [(0, NEVER), (9, NEVER), (9, ALWAYS)])
+def test_where_memory_ends_packs_are_halved_and_no_number_changes(
+    tmp_path, pool, probes, undisturbed, monkeypatch, most, halvings, since, pace
+):
+    SmallDevice(monkeypatch, most, since)
+    sink = Memory(FolderStore(tmp_path))
+    run_pack(Pack(members=MEMBERS), pool, probes, sink, pace)
+    assert sink.finished.keys() == {member.id for member in MEMBERS}
+    for member in MEMBERS:
+        same(sink.finished[member.id], undisturbed[member.id])
+    assert len(sink.notes) == halvings
+    assert "ran out of memory with 3 members, goes on in halves: OutOfMemoryError: tried to allocate 7" in sink.notes[0]
+    begun = [step for step, _ in sink.told].count(0)
+    assert begun == (1 + 2 * halvings if pace is NEVER else 1)  # with checkpoints the halves went on from there
+
+
+def test_a_member_that_does_not_fit_alone_and_other_errors_are_raised(pool, probes, monkeypatch):
+    SmallDevice(monkeypatch, 0)
+    with pytest.raises(RuntimeError, match="broken off"):
+        finished(MEMBERS[:2], pool, probes)
+    SmallDevice(monkeypatch, 0, error=OSError)
+    sink = Memory()
+    with pytest.raises(RuntimeError, match="broken off"):
+        run_pack(Pack(members=MEMBERS[:2]), pool, probes, sink)
+    assert sink.notes == []
+
+
+def test_a_lack_of_memory_is_known_by_its_kind():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert "can't allocate memory" in out_of_memory(caught.value)
+    assert out_of_memory(MemoryError("numpy")) == "MemoryError: numpy"
+    assert out_of_memory(ValueError("memory")) is None
+
+
+def test_packs_are_cut_in_order_into_even_pieces():
+    pack = Pack(members=MEMBERS)
+    assert pack.cut(1) == (pack,)
+    for pieces in (2, 3, 100):
+        parts = pack.cut(pieces)
+        assert tuple(member for part in parts for member in part.members) == pack.members
+        assert len(parts) == min(pieces, len(pack.members))
+        assert all(part.start == pack.start for part in parts)
 
 
 def test_a_diverged_member_is_told_and_its_neighbour_finishes(pool, probes, undisturbed):

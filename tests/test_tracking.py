@@ -36,10 +36,10 @@ def ledger(store, request):
 
 def logged(ledger, members=MEMBERS[:2], diverged=-1, figures=None):
     runs = MemberRuns(ledger.place, Pack(members=tuple(members)), "cpu")
-    runs.point(0, 1000, figures or {"train_loss": [1.0] * len(members)})
+    runs.point(runs.pack, 0, 1000, figures or {"train_loss": [1.0] * len(members)})
     runs.flush()
-    for index in range(len(members)):
-        runs.finish(index, FILES, diverged)
+    for member in members:
+        runs.finish(member, FILES, diverged)
     runs.close()
     return runs.runs
 
@@ -67,7 +67,7 @@ def test_points_that_are_not_finite_are_left_out_and_repeats_are_one_point(store
     figures = {"train_loss": [float("nan"), 2.0], "validation_loss": [3.0, float("inf")]}
     runs = MemberRuns(ledger.place, Pack(members=MEMBERS[:2]), "cpu")
     for _ in range(2):
-        runs.point(7, 123_000, figures)
+        runs.point(runs.pack, 7, 123_000, figures)
         runs.flush()
     runs.close()
     history = {name: client.get_metric_history(runs.runs[1], name) for name in figures}
@@ -80,7 +80,7 @@ def test_many_points_are_cut_into_batches(store, ledger):
     client, _ = store
     runs = MemberRuns(ledger.place, Pack(members=MEMBERS[:1]), "cpu")
     for step in range(1500):
-        runs.point(step, step, {"train_loss": [float(step)]})
+        runs.point(runs.pack, step, step, {"train_loss": [float(step)]})
     runs.flush()
     runs.close()
     assert len(client.get_metric_history(runs.runs[0], "train_loss")) == 1500

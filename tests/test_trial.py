@@ -10,11 +10,11 @@ import torch
 
 from cluster import dispatch, tracking, trial
 from cluster.dispatch import settle_resources, slots
-from cluster.pack import Pace, make_pool
+from cluster.pack import Pace, PackRun, make_pool
 from cluster.store import FolderStore
 from cluster.sweep import Pack
 from cluster.trial import ATTEMPTS, GIVE_UP, Attempts, TrialContext, forget_attempts, pool_name, to_parquet, train_pack
-from tests.test_pack import MEMBERS, SWEEP
+from tests.test_pack import MEMBERS, SWEEP, SmallDevice
 
 PACK = Pack(members=MEMBERS[:2])
 
@@ -86,13 +86,13 @@ def test_a_restarted_pack_logs_no_point_twice_and_no_table_changes(worker, monke
         real(files, pack, state, curves)
         calls.append(state.step)
         if len(calls) == 5:
-            raise MemoryError("killed")
+            raise OSError("killed")
 
     with monkeypatch.context() as patch:
         patch.setattr(trial, "save_checkpoint", save_and_die)
-        with pytest.raises(MemoryError):
+        with pytest.raises(OSError, match="killed"):
             worker.run()
-    assert "MemoryError: killed (test_trial.py:" in worker.files.get(worker.files.names(ATTEMPTS)[0]).decode()
+    assert "OSError: killed (test_trial.py:" in worker.files.get(worker.files.names(ATTEMPTS)[0]).decode()
     worker.run()
     last = [run for run in worker.runs() if run.info.status == "FINISHED"][:2]
     for run in last:
@@ -145,6 +145,30 @@ def test_failures_count_at_one_step_and_within_one_driver(tmp_path):
         Attempts(files, PACK).begin(0)
     forget_attempts(files)
     assert Attempts(files, PACK).begin(0) is None
+
+
+def test_a_pack_short_of_memory_goes_on_in_halves_and_says_so(worker, monkeypatch):
+    SmallDevice(monkeypatch, most=1, since=5)
+    worker.run()
+    assert {run.info.status for run in worker.runs()} == {"FINISHED"}
+    for run in worker.runs():
+        assert "ran out of memory with 2 members" in run.data.tags["note"]
+        history = worker.client.get_metric_history(run.info.run_id, "validation_loss")
+        assert [point.step for point in history] == list(SWEEP.probe.steps(14))
+    assert [bool(report["note"]) for report in worker.reports].count(True) == 1
+    steps = [report["step"] for report in worker.reports]
+    assert steps[-1] == 14
+    assert worker.files.names(ATTEMPTS) == []
+
+
+def test_a_pack_whose_worker_was_killed_goes_on_in_pieces(worker, monkeypatch):
+    sizes = []
+    real = PackRun.run
+    monkeypatch.setattr(PackRun, "run", lambda run: (sizes.append(len(run.pack.members)), real(run)))
+    Attempts(worker.files, PACK).begin(0)  # and nothing more was heard of it
+    worker.run()
+    assert sizes == [1, 1]
+    assert "lost its worker" in next(report["note"] for report in worker.reports if report["note"])
 
 
 def test_a_lost_device_ends_the_worker(worker, monkeypatch):
