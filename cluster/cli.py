@@ -27,6 +27,7 @@ from cluster.driver import Desk, Outcome, Settings, analyze_again, make_report, 
 from cluster.encoding import require_known
 from cluster.plan import make_plan
 from cluster.recipes import RECIPES, load_sweep
+from cluster.sizing import Room
 from cluster.sweep import Sweep, packs, validate
 
 USAGE = """\
@@ -179,8 +180,10 @@ def dry_run(sweep: Sweep, settings: Settings, console: Console) -> int:
         client = tracking.connect(uri)
         done = tracking.settled_members(client, uri, sweep)
     workers = settings.workers or os.cpu_count() or 1
-    cut = packs([m for m in members if m.id not in done], workers, settings.pack_size)
-    show_plan(console, sweep, make_plan(cut, workers, len(members) - sum(len(p.members) for p in cut)))
+    room = Room.here(workers, settings.gpus if settings.gpus is not None else 1.0)
+    cut = packs([m for m in members if m.id not in done], workers, settings.pack_size, most=room.most)
+    plan = make_plan(cut, workers, len(members) - sum(len(p.members) for p in cut), room)
+    show_plan(console, sweep, plan, asked=settings.pack_size)
     return 0
 
 

@@ -23,6 +23,7 @@ import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 
+from cluster.sizing import Room
 from cluster.sweep import MemberConfig, Pack, part_sizes
 from cluster.trial import Report, TrialContext, pool_name, train_pack
 from sim.checks import require
@@ -77,8 +78,27 @@ def nodes() -> list[dict[str, float]]:
 
 def slots(resources: Mapping[str, float]) -> int:
     """How many trials the cluster can run at once: the sum over nodes, as no trial spans two."""
-    each = (min(node.get(name, 0.0) / amount for name, amount in resources.items()) for node in nodes())
-    return sum(int(room + 1e-9) for room in each)
+    return sum(slots_on(node, resources) for node in nodes())
+
+
+def slots_on(node: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """How many trials one node can run at once."""
+    return int(min(node.get(name, 0.0) / amount for name, amount in resources.items()) + 1e-9)
+
+
+def find_room(resources: Mapping[str, float]) -> Room:
+    """The room for packs on the smallest of the nodes' places; a GPU's free memory is asked for on a worker."""
+    places = [(node, slots_on(node, resources)) for node in nodes()]
+    memory = min(node.get("memory", 0.0) / count for node, count in places if count)
+    if gpus := resources.get("GPU", 0.0):
+        room: Room = ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_gpu_room).remote(gpus))
+        if room.device == "cuda":
+            return room
+    return Room(device="cpu", memory=int(memory))
+
+
+def _gpu_room(gpus: float) -> Room:
+    return Room.here(gpus=gpus)
 
 
 def make_pools(packs: Sequence[Pack]) -> dict[str, Any]:

@@ -120,13 +120,13 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def show_plan(console: Console, sweep: Sweep, plan: Plan) -> None:
-    """The plan of a dry run."""
+def show_plan(console: Console, sweep: Sweep, plan: Plan, asked: int | None = None) -> None:
+    """The plan of a dry run. asked: the size of packs that the user wants."""
     members = sum(len(pack.members) for pack in plan.packs)
     console.print(
         f"[bold]{escape(sweep.id)}[/bold]: {describe(plan.packs[0].config) if plan.packs else 'nothing to train'}"
     )
-    table = Table("packs", "members each", *sweep.axis_names, "steps", "ms a step", "minutes a pack")
+    table = Table("packs", "members each", "why", "at once", *sweep.axis_names, "steps", "ms a step", "minutes a pack")
     for name in dict.fromkeys(map(shape_name, plan.packs)):
         alike = [pack for pack in plan.packs if shape_name(pack) == name]
         cost, first = plan.costs[name], alike[0]
@@ -134,14 +134,21 @@ def show_plan(console: Console, sweep: Sweep, plan: Plan) -> None:
         values = [", ".join(dict.fromkeys(str(point[axis]) for point in points)) for axis in points[0]]
         steps, minutes = f"{first.start:,}..{first.config.train.steps:,}", cost.seconds(first) / 60
         table.add_row(
-            str(len(alike)), str(len(first.members)), *values, steps, f"{1000 * cost.step:.1f}", f"{minutes:.1f}"
+            str(len(alike)),
+            str(len(first.members)),
+            "--pack-size" if asked is not None else plan.room.reason(first.config, len(first.members)),
+            str(cost.at_once),
+            *values,
+            steps,
+            f"{1000 * cost.step:.1f}",
+            f"{minutes:.1f}",
         )
     console.print(table)
     console.print(
         f"{count(members, 'member')} to train ({plan.done:,} done), {count(len(plan.packs), 'pack')} on "
         f"{count(plan.workers, 'worker')}: about {duration(plan.seconds)}, measured here on short trials;\n"
-        f"memory of the largest pack {size(plan.memory)} (a worker takes 0.5 GB before that), "
-        f"disk {size(plan.disk)}. Nothing was started."
+        f"memory of the largest pack {size(plan.memory)} (a worker takes 0.5 GB before that, and has "
+        f"{size(plan.room.memory)}), disk {size(plan.disk)}. Nothing was started."
     )
 
 

@@ -19,7 +19,7 @@ from mlflow.entities import Run
 from cluster import analysis as analyses
 from cluster import tracking
 from cluster.analysis import Analysis
-from cluster.dispatch import make_pools, ray_cluster, run_packs, settle_resources, slots
+from cluster.dispatch import find_room, make_pools, ray_cluster, run_packs, settle_resources, slots
 from cluster.pack import Pace, warn
 from cluster.report import MemberData, require_replaceable, write_report
 from cluster.store import open_store
@@ -50,7 +50,7 @@ class Settings:
     gpus: float | None = None
     """GPUs a pack takes, a fraction to share one. Default: 1 where the cluster has GPUs, else 0."""
     pack_size: int | None = None
-    """Members trained together. Default: such that every worker has work, at most 16."""
+    """Members trained together. Default: such that every worker has work, and no more than gain or fit (--dry-run)."""
     checkpoint_every: float = 60.0
     """Seconds between checkpoints of a running pack."""
     redo: bool = False
@@ -244,7 +244,7 @@ def train(job: Job, missing: Sequence[Member]) -> None:
     files = open_store(store)
     forget_attempts(files)
     starts = checkpoint.latest_steps(checkpoint.manifests(files, versions(), warn))
-    cut = packs(missing, slots(job.resources), job.desk.settings.pack_size, starts)
+    cut = packs(missing, slots(job.resources), job.desk.settings.pack_size, starts, find_room(job.resources).most)
     job.display.stage("making the pool of examples")
     pools = make_pools(cut)
     job.display.packs(cut)

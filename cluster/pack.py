@@ -22,16 +22,17 @@ from torch import Tensor
 from cluster import curves as tables
 from cluster.curves import Curves
 from cluster.encoding import encode
+from cluster.sizing import Room
 from cluster.store import FolderStore
 from cluster.sweep import Member, MemberConfig, Pack, packs, part_sizes, validate, versions
 from probes import PROBES
-from probes.probe import Probe, ProbeBatch
+from probes.probe import Measurement, Probe, ProbeBatch
 from sim.generator import Generator
 from sim.pool import Pool
 from sim.system import Batch, Rows, System
 from train import checkpoint
 from train.checkpoint import Files
-from train.loop import Trainer
+from train.loop import Trainer, even_cuts, fitting
 from train.model import tensor_specs
 from train.snapshot import Snapshot
 from train.state import State, join, unflatten
@@ -141,6 +142,8 @@ class PackRun:
         self.stops = config.probe.steps(config.train.steps)
         self.sparse = config.probe.sparse_steps(config.train.steps)
         self.kept = config.probe.weight_steps(config.train.steps)
+        at_once = fitting(config.system, rows, config.model, config.train, config.probe.examples)
+        self.cuts = even_cuts(len(pack.members), at_once)
         self.validation = pool.parts["validation"]
         self.stream = Generator.of("validation", config.data.seed, device=self.validation.device)
         self.validation_batch = config.system.draw(self.validation, self.stream)
@@ -176,21 +179,28 @@ class PackRun:
         figures = {"train_loss": to_numpy(self.trainer.take_loss())} | self.measure_figures(snapshot, sparse)
         for probe in self.probes:
             if due[probe.when]:
-                self.curves.add(probe.name, snapshot.step, now, probe.measure(snapshot))
+                self.curves.add(probe.name, snapshot.step, now, self.measure(probe, snapshot))
         if snapshot.step in self.kept:
             self.curves.weights[snapshot.step] = self.trainer.state.weights.detach().cpu().numpy().copy()
         self.curves.add_figures(snapshot.step, now, figures)
         self.sink.progress(self.pack, snapshot.step, figures)
         self._save_if_due()
 
+    def measure(self, probe: Probe, snapshot: Snapshot) -> Measurement:
+        """A probe's rows of all members, seen a few members at a time: that bounds memory and suits the cache."""
+        return Measurement.join([probe.measure(snapshot.part(cut)) for cut in self.cuts])
+
     def measure_figures(self, snapshot: Snapshot, sparse: bool) -> Figures:
         """Validation loss, at sparse steps the system's own figures too; noise is the same at every step."""
+        parts = [self._figures(snapshot.part(cut), sparse) for cut in self.cuts]
+        return {name: np.concatenate([to_numpy(part[name]) for part in parts]) for name in parts[0]}
+
+    def _figures(self, snapshot: Snapshot, sparse: bool) -> dict[str, Tensor]:
         batch = self.validation_batch
-        figures = {"validation_loss": to_numpy(snapshot.loss(snapshot.predict(batch), batch).mean(-1))}
+        figures = {"validation_loss": snapshot.loss(snapshot.predict(batch), batch).mean(-1)}
         if sparse:
             system, stream = self.pack.config.system, self.stream.fold("diagnose")
-            diagnosed = system.diagnose(snapshot.predict, self.validation, stream)
-            figures |= {name: to_numpy(value) for name, value in diagnosed.items()}
+            figures |= system.diagnose(snapshot.predict, self.validation, stream)
         return figures
 
 
@@ -354,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sweep", help="a recipe's name, or the .json of a stored sweep")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables and checkpoints")
     parser.add_argument("--only", type=int, help="train this pack only, by its number")
-    parser.add_argument("--size", type=int, help="members a pack (default: all of one shape, at most 16)")
+    parser.add_argument("--size", type=int, help="members a pack (default: as many as gain from it and fit)")
     parser.add_argument("--steps", type=int, help="train for this many steps instead of the recipe's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -362,7 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweep = load_sweep(options.sweep)
         if options.steps is not None:
             sweep = replace(sweep, train=replace(sweep.train, steps=options.steps))
-        todo = packs(validate(sweep), workers=1, size=options.size)
+        gpus = 0.0 if options.device == "cpu" else 1.0
+        todo = packs(validate(sweep), workers=1, size=options.size, most=Room.here(gpus=gpus).most)
         if options.only is not None and not 0 <= options.only < len(todo):
             raise ValueError(f"--only: {options.only} is not allowed; it must be in 0..{len(todo) - 1}")
     except ValueError as error:

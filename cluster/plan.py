@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cluster.pack import PackRun, build_probes, pools
+from cluster.sizing import Room, pack_bytes
 from cluster.sweep import Member, MemberConfig, Pack
 from sim import system_name
 from sim.pool import Pool
@@ -20,11 +21,13 @@ TRIAL_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackCost:
-    """Seconds of a step and of a round of frequent and costly probes; bytes in memory and of a member's artifacts."""
+    """Seconds of a step and of a round of frequent and costly probes; members that take a step at once; bytes in
+    memory, of a member's artifacts and of a checkpoint."""
 
     step: float
     probe: float
     sparse: float
+    at_once: int
     memory: int
     artifacts: int
     checkpoint: int
@@ -39,12 +42,13 @@ class PackCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A sweep's packs and their cost. `workers` run at once; `done` members are in the ledger already."""
+    """A sweep's packs and their cost. `workers` run at once, with `room` each; `done` members are in the ledger."""
 
     packs: tuple[Pack, ...]
     costs: Mapping[str, PackCost]
     workers: int
     done: int
+    room: Room
 
     @property
     def seconds(self) -> float:
@@ -72,7 +76,7 @@ def shape_name(pack: Pack) -> str:
     return f"{pack.members[0].group} x {len(pack.members)}"
 
 
-def make_plan(packs: Sequence[Pack], workers: int, done: int) -> Plan:
+def make_plan(packs: Sequence[Pack], workers: int, done: int, room: Room) -> Plan:
     """Measure one pack of each shape and add up."""
     torch.set_num_threads(1)  # as on a worker
     shapes = {shape_name(pack): on_trial(pack) for pack in packs}
@@ -80,7 +84,7 @@ def make_plan(packs: Sequence[Pack], workers: int, done: int) -> Plan:
     for trial, pool in pools(list(shapes.values()), "cpu"):
         name = next(name for name, pack in shapes.items() if pack is trial)
         costs[name] = measure(trial, pool)
-    return Plan(packs=tuple(packs), costs=costs, workers=workers, done=done)
+    return Plan(packs=tuple(packs), costs=costs, workers=workers, done=done, room=room)
 
 
 def on_trial(pack: Pack) -> Pack:
@@ -125,7 +129,8 @@ def measure(pack: Pack, pool: Pool) -> PackCost:
         step=step,
         probe=_seconds(run, sparse=False),
         sparse=_seconds(run, sparse=True),
-        memory=memory_bytes(pack, run),
+        memory=pack_bytes(pack.config, len(pack.members)),
+        at_once=max(cut.stop - cut.start for cut in run.trainer.cuts),
         artifacts=artifacts,
         checkpoint=3 * run.trainer.state.weights.nbytes + artifacts * len(pack.members),
     )
@@ -136,21 +141,9 @@ def _seconds(run: PackRun, sparse: bool) -> float:
     snapshot = run.trainer.snapshot()
     start = time.perf_counter()
     for probe in probes:
-        probe.measure(snapshot)
+        run.measure(probe, snapshot)
     run.measure_figures(snapshot, sparse)
     return time.perf_counter() - start
-
-
-def memory_bytes(pack: Pack, run: PackRun) -> int:
-    """Parameters, gradients and moments; what the backward pass keeps; one replicate's attention; the pool twice."""
-    config, members, weights = pack.config, len(pack.members), run.trainer.state.weights
-    model, size = config.model, weights.element_size()
-    tokens = run.validation_batch.inputs.shape[-2]
-    per_token = model.layers * (10 * model.width + 2 * model.feedforward * model.width + 2 * model.n_heads * tokens)
-    activations = members * config.train.batch_size * tokens * per_token * size
-    attention = 3 * members * config.probe.examples * model.layers * model.n_heads * tokens**2 * size
-    rows = config.data.rows * tokens * (config.system.d_in + config.system.d_out) * size
-    return int(6 * weights.nbytes + activations + attention + 2 * rows)
 
 
 def artifact_bytes(config: MemberConfig, run: PackRun) -> int:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -19,11 +19,11 @@ from sim.generator import key_of
 from sim.particles import ParticleSystem
 from sim.system import Part, System
 from train.config import ModelConfig, TrainConfig
-from train.loop import even_cuts, probe_steps, shape_of
+from train.loop import AT_ONCE, even_cuts, probe_steps, shape_of
 
 Order = Literal["member", "seed"]
 SWEPT = ("model", "system", "data", "train", "probe")  # parts of a sweep whose fields can be axes
-PROBES_VERSION = 1  # raised when a fix changes the numbers that probes write
+PROBES_VERSION = 2  # raised when a fix changes the numbers that probes write
 INTRODUCED: Mapping[tuple[str, str], object] = {}
 """Defaults that have changed: (class, field) -> the default that the field was introduced with, which ids leave out."""
 
@@ -34,7 +34,7 @@ class DataConfig:
 
     rows: int = 32768
     """Rows that training batches are drawn from."""
-    validation_rows: int = 512
+    validation_rows: int = 256
     """Rows for the validation loss and the system's own figures."""
     seed: int = 0
     """Of the pool; the members' seeds are their own."""
@@ -56,7 +56,7 @@ class ProbeConfig:
     """Disjoint groups of examples; their scatter gives intervals."""
     examples: int = 64
     """Examples in each group."""
-    sparse_examples: int = 16
+    sparse_examples: int = 8
     """Examples in each group for the costly probes (ablations, distances)."""
     per_decade: int = 20
     """Probe steps a decade of training steps; step 0 and the last are always among them."""
@@ -309,11 +309,16 @@ def validate(sweep: Sweep) -> tuple[Member, ...]:
 
 
 def packs(
-    members: Sequence[Member], workers: int, size: int | None = None, starts: Mapping[str, int] | None = None
+    members: Sequence[Member],
+    workers: int,
+    size: int | None = None,
+    starts: Mapping[str, int] | None = None,
+    most: Callable[[MemberConfig], int] = lambda config: AT_ONCE,
 ) -> tuple[Pack, ...]:
     """Cut members into packs of equal shape and starting step, costly packs first.
 
-    size: members a pack; None: such that every worker has work, at most 16. starts: step to go on from by member id.
+    size: members a pack; None: such that every worker has work, at most `most` of them. starts: step to go on from by
+    member id.
     """
     require(size is None or size >= 1, "pack_size", size, "at least 1, or None")
     starts = starts or {}
@@ -322,8 +327,8 @@ def packs(
         groups.setdefault((member.group, starts.get(member.id, 0)), []).append(member)
     cut = []
     for (_, start), group in groups.items():
-        step = size or min(16, -(-len(group) // max(workers, 1)))
-        cut += [Pack(members=tuple(group[i : i + step]), start=start) for i in range(0, len(group), step)]
+        step = size or min(most(group[0].config), -(-len(group) // max(workers, 1)))
+        cut += [Pack(members=tuple(group[part]), start=start) for part in even_cuts(len(group), step)]
     return tuple(sorted(cut, key=lambda pack: -work(pack)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from probes.attention import Pairs, to_measurement
-from probes.probe import Measurement, ProbeBatch, Replace, View, When
+from probes.probe import Measurement, ProbeBatch, Replace, View, When, join_batches
 
 LEAST_GAP = 1e-3
 """Attention must lower the loss by more than this share of the loss without attention, or shares are undefined."""
@@ -24,21 +24,31 @@ LEAST_SHARE = 0.01
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Group:
-    """Tokens that a loss is restricted to: `[B, N]` or None for all, and the weight `[B]` of each example's loss."""
+    """Tokens that a loss is restricted to, of all replicates: bool `[R B, N]` or None for all; weights of examples."""
 
     tokens: Tensor | None
-    weights: Tensor
+    weights: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, tokens: Tensor | None, real: Tensor) -> _Group:
-        inside = real if tokens is None else tokens & real
-        share = inside.sum(-1) / real.sum(-1).clamp_min(1).double()
-        return cls(tokens=None if tokens is None else inside, weights=share / share.sum())
+    def of(cls, replicates: tuple[ProbeBatch, ...], name: str) -> _Group:
+        real = [Pairs.of(replicate.batch).real for replicate in replicates]
+        if name == "all":
+            return cls(tokens=None, weights=tuple(_shares(every, every) for every in real))
+        inside = [r.groups[name] & every for r, every in zip(replicates, real, strict=True)]
+        weights = tuple(_shares(some, every) for some, every in zip(inside, real, strict=True))
+        return cls(tokens=torch.cat(inside), weights=weights)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Losses by example `[S, R B]` as means `[S, R]`."""
+        sizes = [len(weights) for weights in self.weights]
+        parts = torch.split(losses.double(), sizes, -1)
+        return torch.stack([(part * weights).sum(-1) for part, weights in zip(parts, self.weights, strict=True)], -1)
 
 
-def _groups(replicate: ProbeBatch, names: tuple[str, ...]) -> tuple[_Group, ...]:
-    real = Pairs.of(replicate.batch).real
-    return tuple(_Group.of(None if name == "all" else replicate.groups[name], real) for name in names)
+def _shares(inside: Tensor, real: Tensor) -> Tensor:
+    """Weight `[B]` of each example: the share of its real tokens that are inside, adding up to 1."""
+    share = inside.sum(-1) / real.sum(-1).clamp_min(1).double()
+    return share / share.sum()
 
 
 def _group_names(replicates: tuple[ProbeBatch, ...]) -> tuple[str, ...]:
@@ -61,7 +71,8 @@ class HeadAblation:
 
     The unit is `gap = loss_without_attention - loss`, the former with the outputs of all heads of all layers replaced
     by their means, but no more than `ProbeBatch.ceilings`: a trained model that loses all its heads at once can do
-    worse than one that never had any. Shares are NaN where the gap is not above 1e-3 of that. Of head h in layer l:
+    worse than one that never had any. Shares are NaN where the gap is not above 1e-3 of that. Means of outputs are over
+    all replicates, which are predicted together; losses are each replicate's own. Of head h in layer l:
 
     ablation    (loss, h's output replaced by its mean) - loss
     pattern     (loss, h's attention made uniform, values kept) - loss: what the *looking* is worth
@@ -78,7 +89,9 @@ class HeadAblation:
 
     replicates: tuple[ProbeBatch, ...]
     relations: tuple[str, ...] = field(init=False)
-    _groups: tuple[tuple[_Group, ...], ...] = field(init=False, repr=False)
+    _batch: Any = field(init=False, repr=False)
+    _groups: tuple[_Group, ...] = field(init=False, repr=False)
+    _ceilings: tuple[tuple[float, ...], ...] = field(init=False, repr=False)
 
     name: ClassVar[str] = "ablation"
     when: ClassVar[When] = "sparse"
@@ -89,50 +102,41 @@ class HeadAblation:
     def __post_init__(self) -> None:
         names = _group_names(self.replicates)
         object.__setattr__(self, "relations", names)
-        object.__setattr__(self, "_groups", tuple(_groups(r, names) for r in self.replicates))
+        ceilings = tuple(tuple(r.ceilings.get(name, math.inf) for name in names) for r in self.replicates)
+        object.__setattr__(self, "_batch", join_batches([r.batch for r in self.replicates]))
+        object.__setattr__(self, "_groups", tuple(_Group.of(self.replicates, name) for name in names))
+        object.__setattr__(self, "_ceilings", ceilings)
 
     @torch.no_grad()
     def measure(self, view: View) -> Measurement:
-        """Shares of all heads: 2 + L (3 H + 1) predictions per replicate, layer by layer."""
-        pairs = zip(self.replicates, self._groups, strict=True)
-        shares = [self._shares(_Losses(view=view, replicate=r, groups=groups)) for r, groups in pairs]
-        return to_measurement(self.relations, self.columns, shares)
-
-    def _shares(self, losses: _Losses) -> Tensor:
-        """`[columns, S, L, H, G]` of one replicate."""
-        layers, heads = losses.view.layers, tuple(range(losses.view.heads))
-        loss = losses()
-        bare = losses(*(Replace(layer=layer, output=heads) for layer in range(layers)))
-        ceilings = [losses.replicate.ceilings.get(name, math.inf) for name in self.relations]
-        without = torch.minimum(bare, bare.new_tensor(ceilings))
-        worth = torch.stack([losses.of_layer(layer, loss) for layer in range(layers)], 2)
+        """Shares of all heads: 2 + L (3 H + 1) predictions of all replicates at once, layer by layer."""
+        layers, heads = view.layers, tuple(range(view.heads))
+        loss = self._losses(view)
+        bare = self._losses(view, *(Replace(layer=layer, output=heads) for layer in range(layers)))
+        without = torch.minimum(bare, bare.new_tensor(self._ceilings))
+        worth = torch.stack([self._of_layer(view, layer, loss) for layer in range(layers)], 2)
         gap = torch.where(without - loss > LEAST_GAP * without, without - loss, torch.nan)
         raw = torch.stack([loss, without])[:, :, None, None].expand(-1, *worth.shape[1:])
-        return torch.cat([worth / gap[:, None, None], raw])
+        columns = torch.cat([worth / gap[:, None, None], raw])  # [columns, S, L, H, R, G]
+        return to_measurement(self.relations, self.columns, list(columns.unbind(-2)))
 
+    def _losses(self, view: View, *replace: Replace) -> Tensor:
+        """Mean losses `[S, R, G]` under interventions: one prediction, split by group."""
+        prediction = view.predict(self._batch, replace)
+        means = [group.mean(view.loss(prediction, self._batch, group.tokens)) for group in self._groups]
+        return torch.stack(means, -1)
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Losses:
-    """Mean losses of one replicate by group of tokens."""
+    def _of_layer(self, view: View, layer: int, loss: Tensor) -> Tensor:
+        """Differences of losses `[5, S, H, R, G]` in the order of `columns`, given the loss as trained."""
 
-    view: View
-    replicate: ProbeBatch
-    groups: tuple[_Group, ...]
+        def losses(output: tuple[int, ...] = (), pattern: tuple[int, ...] = ()) -> Tensor:
+            return self._losses(view, Replace(layer=layer, output=output, pattern=pattern))
 
-    def __call__(self, *replace: Replace) -> Tensor:
-        """`[S, G]` under interventions: one prediction, split by group."""
-        batch = self.replicate.batch
-        prediction = self.view.predict(batch, replace)
-        by_group = [(self.view.loss(prediction, batch, g.tokens).double() * g.weights).sum(-1) for g in self.groups]
-        return torch.stack(by_group, -1)
-
-    def of_layer(self, layer: int, loss: Tensor) -> Tensor:
-        """Differences of losses `[5, S, H, G]` in the order of `HeadAblation.columns`, given the loss as trained."""
-        heads = tuple(range(self.view.heads))
-        whole = self(Replace(layer=layer, output=heads))[:, None]
-        single = torch.stack([self(Replace(layer=layer, output=(h,))) for h in heads], 1)
-        blurred = torch.stack([self(Replace(layer=layer, pattern=(h,))) for h in heads], 1)
-        alone = torch.stack([self(Replace(layer=layer, output=heads[:h] + heads[h + 1 :])) for h in heads], 1)
+        heads = tuple(range(view.heads))
+        whole = losses(heads)[:, None]
+        single = torch.stack([losses((h,)) for h in heads], 1)
+        blurred = torch.stack([losses(pattern=(h,)) for h in heads], 1)
+        alone = torch.stack([losses(heads[:h] + heads[h + 1 :]) for h in heads], 1)
         loss = loss[:, None]
         ablation, together = single - loss, (whole - loss).expand_as(single)
         redundancy = together - ablation.sum(1, keepdim=True)

@@ -5,11 +5,12 @@ Axes: S members, L layers, H heads, B examples, N tokens, K keys, Q relations, R
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -105,6 +106,26 @@ class ProbeBatch:
     ceilings: Mapping[str, float] = field(default_factory=dict)
 
 
+def join_batches(batches: Sequence[BatchLike]) -> Any:
+    """One batch of the examples of all: dataclasses whose tensors, and mappings of tensors, lead with B.
+
+    ValueError for batches of another kind.
+    """
+    first = batches[0]
+    if not is_dataclass(first) or isinstance(first, type):
+        raise ValueError(f"batch: got a {type(first).__name__}, need a dataclass of tensors that lead with B")
+    named = {item.name: [getattr(batch, item.name) for batch in batches] for item in fields(first)}
+    return replace(first, **{name: _joined(values) for name, values in named.items()})
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    if isinstance(values[0], Mapping):
+        return {name: _joined([value[name] for value in values]) for name in values[0]}
+    return values[0]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
     """What a probe saw at one step: a dense grid of rows keyed by (member, layer, head, relation, replicate).
@@ -115,6 +136,12 @@ class Measurement:
 
     relations: tuple[str, ...]
     values: Mapping[str, NDArray[np.float32]]
+
+    @classmethod
+    def join(cls, parts: Sequence[Measurement]) -> Measurement:
+        """Of all members of several measurements by one probe, in order."""
+        values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+        return cls(relations=parts[0].relations, values=values)
 
 
 class Probe(Protocol):

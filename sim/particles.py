@@ -26,7 +26,7 @@ FULLEST = 0.4
 """Largest share of the box that discs may fill: random sequential placement jams at 0.547."""
 CANDIDATES, PLACEMENTS, PLACED_AT_ONCE = 32, 100, 4096
 """Candidate places per disc, attempts per box, boxes at once."""
-ROLLOUT_BOXES, ROLLOUT_HORIZONS = 64, (1, 2, 4, 8)
+ROLLOUT_BOXES, ROLLOUT_HORIZONS = 32, (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from probes.ablation import HeadAblation
 from probes.attention import AttentionScores
 from probes.distance import DistanceCorrelation
-from probes.probe import ProbeBatch, Replace, View
+from probes.probe import ProbeBatch, Replace, View, join_batches
 from tests.views import FakeView, PlainBatch
 
 B, N, D, H, L, S = 8, 6, 16, 4, 2, 2
@@ -149,10 +149,11 @@ def test_the_worth_of_heads_equals_that_of_edited_weights(measured, what):
     loss, without = found.values["loss"], found.values["loss_without_attention"]
     assert (without[0] > 1.1 * loss[0]).all()  # member 0 wrote the targets; member 1 may have no shares
     differences = (found.values[what] * (without - loss))[0, :, :, 0]
+    everybody = join_batches([replicate.batch for replicate in replicates])  # over which an output's mean is taken
     for r, replicate in enumerate(replicates):
         for layer, head in np.ndindex(L, H):
             batch = replicate.batch
-            theirs = stock(edited(encoders[0], layer, head, batch, what), batch.inputs, batch.mask)
+            theirs = stock(edited(encoders[0], layer, head, everybody, what), batch.inputs, batch.mask)
             expected = view.loss(theirs[None], batch).mean() - loss[0, 0, 0, 0, r]
             assert differences[layer, head, r] == pytest.approx(expected.item(), rel=1e-3, abs=1e-5)
             assert abs(expected) > 1e-4

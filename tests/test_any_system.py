@@ -10,6 +10,7 @@ from cluster.cli import main
 from cluster.pack import Pace, build_probes, make_pool, run_pack
 from cluster.plan import make_plan
 from cluster.report import MemberData, write_report
+from cluster.sizing import Room
 from cluster.sweep import DataConfig, ProbeConfig, Sweep, packs, validate
 from tests.test_pack import Memory
 from tests.toys import EnumeratedToy, MaskedToy, NoisedToy
@@ -54,7 +55,7 @@ def test_a_toy_sweep_ends_on_a_page(system, precision, tmp_path):
 
 def test_a_toy_is_planned(tmp_path):
     sweep = dataclasses.replace(sweep_of(MaskedToy()), widths=(8, 16))
-    plan = make_plan(packs(validate(sweep), workers=2), workers=2, done=0)
+    plan = make_plan(packs(validate(sweep), workers=2), workers=2, done=0, room=Room.here(2, gpus=0))
     assert plan.seconds > 0
     assert plan.memory > 0
     assert plan.disk > 0

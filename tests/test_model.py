@@ -12,7 +12,7 @@ from tests.stock import StockTransformer, stacked
 from tests.toys import MaskedToy
 from train.config import ModelConfig, TrainConfig
 from train.loop import Trainer
-from train.model import HeadEdit, count_parameters, forward, initial, layer, tensor_specs
+from train.model import HeadEdit, count_parameters, finish_layer, forward, initial, layer, look, tensor_specs
 from train.snapshot import Snapshot
 
 D_IN, D_OUT, B, N = 3, 2, 4, 6
@@ -74,12 +74,11 @@ def test_local_keys_equal_hiding_all_others():
     _, parameters = references(config)
     keys = torch.stack([torch.randperm(N, generator=g)[:3] for _ in range(B * N)]).view(B, N, 3)
     allowed = torch.zeros(B, N, N, dtype=torch.bool).scatter(2, keys, True)
-    patterns: list = []
-    local = forward(parameters, config, random_batch(keys=keys), patterns=patterns)
-    hidden: list = []
-    torch.testing.assert_close(local, forward(parameters, config, random_batch(allowed=allowed), patterns=hidden))
-    index = keys[None, :, None].expand(*hidden[0].shape[:-1], 3)
-    torch.testing.assert_close(patterns[0], hidden[0].gather(-1, index))
+    near, masked = random_batch(keys=keys), random_batch(allowed=allowed)
+    torch.testing.assert_close(forward(parameters, config, near), forward(parameters, config, masked))
+    pattern = snapshot_of(config, parameters).attention(masked)
+    index = keys.expand(*pattern.shape[:-1], 3)
+    torch.testing.assert_close(snapshot_of(config, parameters).attention(near), pattern.gather(-1, index))
 
 
 def test_permuting_tokens_permutes_predictions():
@@ -144,9 +143,9 @@ def test_an_empty_edit_changes_nothing_and_the_cache_knows_its_batch():
     for batch in (first, second, first):
         torch.testing.assert_close(snapshot.predict(batch, (Edit(1),)), snapshot.predict(batch))
     x = snapshot._residual(first, 0)
-    torch.testing.assert_close(
-        layer(parameters, config, 0, x, first, edit=HeadEdit()), layer(parameters, config, 0, x, first)
-    )
+    reading = look(parameters, config, 0, x, first)
+    assert torch.equal(reading.merged(first, HeadEdit()), reading.merged())
+    torch.testing.assert_close(finish_layer(parameters, 0, x, reading.merged()), layer(parameters, config, 0, x, first))
 
 
 def test_parameter_count_in_closed_form():

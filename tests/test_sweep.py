@@ -204,7 +204,7 @@ def test_packs_hold_every_member_once_with_its_like():
         cut = packs(members, workers, size)
         assert sorted(m.id for pack in cut for m in pack.members) == sorted(m.id for m in members)
         assert all(len({m.group for m in pack.members}) == 1 for pack in cut)
-        assert max(len(pack.members) for pack in cut) <= (size or 16)
+        assert max(len(pack.members) for pack in cut) <= (size or 32)
         assert [p.id for p in packs(members, workers, size)] == [p.id for p in cut]
     assert len(packs(members, 1)) == 2  # learning rates share a pack, widths do not
     assert len(packs(members, 3)) >= 4

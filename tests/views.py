@@ -74,10 +74,11 @@ class SumView(FakeView):
 
     def predict(self, batch: Any, replace: tuple[Replace, ...] = ()) -> Tensor:
         self.calls.append(replace)
-        says = self.says.clone()
+        copies = len(batch.inputs) // self.says.shape[3]  # a batch of several replicates says the same several times
+        says, uniform = (said.repeat(1, 1, 1, copies, 1) for said in (self.says, self.uniform))
         for r in replace:
             for h in r.pattern:
-                says[:, r.layer, h] = self.uniform[:, r.layer, h]
+                says[:, r.layer, h] = uniform[:, r.layer, h]
             for h in r.output:
                 said = says[:, r.layer, h]
                 real = torch.ones_like(said[0], dtype=torch.bool) if batch.mask is None else batch.mask

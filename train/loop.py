@@ -29,7 +29,7 @@ from train.state import State, flatten, unflatten
 from train.step import Part, Task
 
 PER_MEMBER = ("learning_rate", "weight_decay", "clip")
-RESULTS_VERSION = 1  # raised when a fix changes numbers
+RESULTS_VERSION = 2  # raised when a fix changes numbers
 WARM = 3  # steps on a GPU before one is recorded: libraries choose their kernels and work space in them
 CACHE = 40 << 20  # bytes of activations that a part may keep on a CPU, and
 AT_ONCE = 32  # members: both measured (tests/bench/steps.py), the speed of a step is flat around them
@@ -49,29 +49,39 @@ def shape_of(train: TrainConfig) -> TrainConfig:
     return replace(train, **{name: getattr(default, name) for name in PER_MEMBER})
 
 
-def fitting(system: System, rows: Rows, model: ModelConfig, train: TrainConfig) -> int:
-    """How many members should take a step at once on the device of the rows: at least 1.
+def fitting(system: System, rows: Rows, model: ModelConfig, train: TrainConfig, examples: int | None = None) -> int:
+    """How many members should pass that many examples at once (None: a batch) on the device of the rows: at least 1.
 
     A CPU is fastest while what they keep for the backward pass stays near its cache; a GPU while half of its free
     memory holds it.
     """
-    each = train.batch_size * example_bytes(system, rows, model, train)
+    each = (examples or train.batch_size) * example_bytes(system, rows, model, train)
     if rows.device.type == "cuda":
-        return max(1, torch.cuda.mem_get_info(rows.device)[0] // 2 // each)
+        return max(1, free_memory(rows.device) // 2 // each)
     return min(AT_ONCE, max(1, CACHE // each))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody holds, or that torch holds for nothing."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def example_bytes(system: System, rows: Rows, model: ModelConfig, train: TrainConfig) -> int:
     """Bytes that one member keeps of one example for the backward pass, about."""
+    return activations(model, *tokens_and_keys(system, rows)) * train.dtype.itemsize
+
+
+def tokens_and_keys(system: System, rows: Rows) -> tuple[int, int]:
+    """N and K of the system's batches."""
     example = system.draw(rows.take(slice(0, 1)), Generator.of("example", device=rows.device))
     tokens = example.inputs.shape[-2]
-    keys = tokens if example.keys is None else example.keys.shape[-1]
-    return activations(model, tokens, keys) * train.dtype.itemsize
+    return tokens, tokens if example.keys is None else example.keys.shape[-1]
 
 
 def even_cuts(count: int, most: int) -> list[slice]:
     """0..count in as few slices as `most` allows, of sizes that differ by at most 1."""
-    parts = -(-count // most)
+    parts = max(1, -(-count // most))
     edges = [count * i // parts for i in range(parts + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 

@@ -205,60 +205,79 @@ def mix_values(pattern: Tensor, v: Tensor, batch: Batch) -> Tensor:
     return torch.matmul(pattern.unsqueeze(-2), _at_keys(v, batch.keys)).squeeze(-2)
 
 
-def _edited(read: Tensor, v: Tensor, pattern: Tensor, batch: Batch, visible: Tensor | None, edit: HeadEdit) -> Tensor:
-    """What heads read, `[S, B, H, N, d]`, under the edit."""
-    read = read.clone()
-    if edit.pattern:
-        seen = torch.ones_like(pattern[:, :, :1]) if visible is None else visible.unsqueeze(-3).to(pattern.dtype)
-        uniform = (seen / seen.sum(-1, keepdim=True).clamp_min(1)).expand(pattern.shape)
-        heads = list(edit.pattern)
-        read[:, :, heads] = mix_values(uniform[:, :, heads], v[:, :, heads], batch)
-    if edit.output:
-        weight = torch.ones_like(read[:1, :, :1, :, :1])
-        if batch.mask is not None:
-            weight = batch.mask.to(read.dtype)[..., :, None, :, None]
-            weight = weight if weight.dim() == 5 else weight.unsqueeze(0)
-        mean = (read * weight).sum((1, 3), keepdim=True) / weight.sum((1, 3), keepdim=True)
-        heads = list(edit.output)
-        read[:, :, heads] = mean[:, :, heads].expand_as(read[:, :, heads])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What the heads of a layer do, spelt out: pattern `[S, B, H, N, K]`; values, read `[S, B, H, N, d]`."""
+
+    pattern: Tensor
+    values: Tensor
+    read: Tensor
+
+    def merged(self, batch: Batch | None = None, edit: HeadEdit | None = None) -> Tensor:
+        """What is read, `[S, B, N, H d]`; on `batch` under an edit."""
+        read = self.read if batch is None or edit is None else self._edited(batch, edit)
+        return read.transpose(2, 3).flatten(3)
+
+    def _edited(self, batch: Batch, edit: HeadEdit) -> Tensor:
+        read, pattern = self.read.clone(), self.pattern
+        if edit.pattern:
+            visible = visible_keys(batch)
+            seen = torch.ones_like(pattern[:, :, :1]) if visible is None else visible.unsqueeze(-3).to(pattern.dtype)
+            uniform = (seen / seen.sum(-1, keepdim=True).clamp_min(1)).expand(pattern.shape)
+            heads = list(edit.pattern)
+            read[:, :, heads] = mix_values(uniform[:, :, heads], self.values[:, :, heads], batch)
+        if edit.output:
+            weight = torch.ones_like(read[:1, :, :1, :, :1])
+            if batch.mask is not None:
+                weight = batch.mask.to(read.dtype)[..., :, None, :, None]
+                weight = weight if weight.dim() == 5 else weight.unsqueeze(0)
+            heads = list(edit.output)
+            said = read[:, :, heads]
+            mean = (said * weight).sum((1, 3), keepdim=True) / weight.sum((1, 3), keepdim=True)
+            read[:, :, heads] = mean.expand_as(said)
+        return read
+
+
+def _heads(parameters: Parameters, index: int, x: Tensor) -> Tensor:
+    """Queries, keys and values of a layer's heads, `[S, B, N, 3 H d]`, from the residual stream that enters it."""
+    S, B, N, D = x.shape
+    weights = [parameters[f"{index}.{name}"].transpose(1, 2) for name in ("Wq", "Wk", "Wv")]
+    normed = _norm(x, parameters[f"{index}.norm1.scale"], parameters[f"{index}.norm1.shift"])
+    return torch.bmm(normed.view(S, B * N, D), torch.cat(weights, dim=2).view(S, D, -1)).view(S, B, N, -1)
+
+
+def look(parameters: Parameters, config: ModelConfig, index: int, x: Tensor, batch: Batch) -> Reading:
+    """What the heads of a layer do, spelt out, from the residual stream `[S, B, N, D]` that enters it."""
+    q, k, values = _split(_heads(parameters, index, x), config.n_heads)
+    pattern = attention_pattern(q, k, batch, visible_keys(batch), config.logit_scale)
+    return Reading(pattern=pattern, values=values, read=mix_values(pattern, values, batch))
+
+
+def _read(parameters: Parameters, config: ModelConfig, index: int, x: Tensor, batch: Batch) -> Tensor:
+    """What the heads of a layer read, `[S, B, N, H d]`."""
+    if batch.keys is not None:
+        return look(parameters, config, index, x, batch).merged()
+    visible = visible_keys(batch)
+    hidden = None if visible is None else ~visible.unsqueeze(-3)
+    read: Tensor = _Attention.apply(_heads(parameters, index, x), hidden, config.n_heads, config.logit_scale)  # type: ignore[no-untyped-call]
     return read
 
 
-def layer(
-    parameters: Parameters,
-    config: ModelConfig,
-    index: int,
-    x: Tensor,
-    batch: Batch,
-    *,
-    edit: HeadEdit | None = None,
-    patterns: list[Tensor] | None = None,
-) -> Tensor:
-    """Residual stream `[S, B, N, D]` after one layer; its attention `[S, B, H, N, K]` is appended to `patterns`."""
+def finish_layer(parameters: Parameters, index: int, x: Tensor, read: Tensor) -> Tensor:
+    """Residual stream `[S, B, N, D]` after a layer, from the one before it and what its heads read `[S, B, N, H d]`."""
 
     def p(name: str) -> Tensor:
         return parameters[f"{index}.{name}"]
 
     S, B, N, D = x.shape
-    visible = visible_keys(batch)
-    weights = torch.cat([p(name).transpose(1, 2) for name in ("Wq", "Wk", "Wv")], dim=2).view(S, D, -1)
-    normed = _norm(x, p("norm1.scale"), p("norm1.shift"))
-    heads = torch.bmm(normed.view(S, B * N, D), weights).view(S, B, N, -1)
-    if batch.keys is None and edit is None and patterns is None:
-        hidden_keys = None if visible is None else ~visible.unsqueeze(-3)
-        read = _Attention.apply(heads, hidden_keys, config.n_heads, config.logit_scale)  # type: ignore[no-untyped-call]
-    else:
-        q, k, v = _split(heads, config.n_heads)
-        pattern = attention_pattern(q, k, batch, visible, config.logit_scale)
-        if patterns is not None:
-            patterns.append(pattern)
-        read = mix_values(pattern, v, batch)
-        if edit is not None:
-            read = _edited(read, v, pattern, batch, visible, edit)
-        read = read.transpose(2, 3).flatten(3)
     x = torch.baddbmm(x.view(S, B * N, D), read.view(S, B * N, -1), p("Wo").flatten(1, 2)).view_as(x)
     hidden = F.gelu(_affine(_norm(x, p("norm2.scale"), p("norm2.shift")), p("W1"), p("b1")))
     return x + _affine(hidden, p("W2"), p("b2"))
+
+
+def layer(parameters: Parameters, config: ModelConfig, index: int, x: Tensor, batch: Batch) -> Tensor:
+    """Residual stream `[S, B, N, D]` after one layer."""
+    return finish_layer(parameters, index, x, _read(parameters, config, index, x, batch))
 
 
 def unembed(parameters: Parameters, x: Tensor) -> Tensor:
@@ -267,13 +286,11 @@ def unembed(parameters: Parameters, x: Tensor) -> Tensor:
     return _affine(x, parameters["unembed.W"], parameters["unembed.b"])
 
 
-def forward(
-    parameters: Parameters, config: ModelConfig, batch: Batch, *, patterns: list[Tensor] | None = None
-) -> Tensor:
-    """Predictions `[S, B, N, d_out]` of all members on the batch; attention weights only when `patterns` is given."""
+def forward(parameters: Parameters, config: ModelConfig, batch: Batch) -> Tensor:
+    """Predictions `[S, B, N, d_out]` of all members on the batch."""
     x = embed(parameters, batch)
     for index in range(config.layers):
-        x = layer(parameters, config, index, x, batch, patterns=patterns)
+        x = layer(parameters, config, index, x, batch)
     return unembed(parameters, x)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from sim.system import Batch, System
 from train.config import ModelConfig
-from train.model import HeadEdit, embed, forward, layer, unembed
+from train.model import HeadEdit, Reading, embed, finish_layer, forward, layer, look, unembed
+
+AT_ONCE = 64  # examples that are predicted together: many more fall out of a CPU's cache
 
 
 class Intervention(Protocol):
@@ -31,11 +33,24 @@ class Intervention(Protocol):
         """Heads whose attention becomes uniform."""
 
 
+def split(batch: Batch) -> Iterator[Batch]:
+    """The examples of a batch, a few at a time, without their geometry."""
+    for start in range(0, batch.inputs.shape[-3], AT_ONCE):
+        cut = (..., slice(start, start + AT_ONCE), slice(None), slice(None))
+        yield Batch(
+            inputs=batch.inputs[cut],
+            targets=batch.targets[cut],
+            mask=None if batch.mask is None else batch.mask[cut[:-1]],
+            keys=None if batch.keys is None else batch.keys[cut],
+            allowed=None if batch.allowed is None else batch.allowed[cut],
+        )
+
+
 @dataclass(kw_only=True, slots=True)
 class Snapshot:
     """S members at one step and time (Unix seconds). `parameters [S, ...]` are live: read them before training goes on.
 
-    Interventions on one batch in a row share the layers below the lowest one replaced.
+    Interventions on one batch in a row share all that comes before what heads of the lowest layer replaced say.
     """
 
     step: int
@@ -45,6 +60,7 @@ class Snapshot:
     time: float = field(default_factory=time.time)
     _batch: Batch | None = field(default=None, repr=False)
     _residuals: list[Tensor] = field(default_factory=list, repr=False)
+    _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
 
     @property
     def members(self) -> int:
@@ -61,11 +77,21 @@ class Snapshot:
         """H."""
         return self.model.n_heads
 
+    def part(self, rows: slice) -> Snapshot:
+        """Some of the members."""
+        parameters = {name: value[rows] for name, value in self.parameters.items()}
+        return Snapshot(step=self.step, system=self.system, model=self.model, parameters=parameters, time=self.time)
+
     @torch.no_grad()
     def attention(self, batch: Batch) -> Tensor:
         """Attention weights `[S, L, H, B, N, K]` on a batch without a member axis."""
+        x = embed(self.parameters, batch)
         patterns: list[Tensor] = []
-        forward(self.parameters, self.model, batch, patterns=patterns)
+        for index in range(self.layers):
+            reading = look(self.parameters, self.model, index, x, batch)
+            patterns.append(reading.pattern)
+            if index + 1 < self.layers:
+                x = finish_layer(self.parameters, index, x, reading.merged())
         return torch.stack(patterns, dim=1).transpose(2, 3)
 
     @torch.no_grad()
@@ -73,17 +99,29 @@ class Snapshot:
         """Predictions `[S, B, N, d_out]`, under interventions (at most one per layer)."""
         edits = {item.layer: HeadEdit(output=item.output, pattern=item.pattern) for item in replace}
         if not edits:
-            return forward(self.parameters, self.model, batch)
+            return torch.cat([forward(self.parameters, self.model, part) for part in split(batch)], dim=1)
         lowest = min(edits)
         x = self._residual(batch, lowest)
         for index in range(lowest, self.layers):
-            x = layer(self.parameters, self.model, index, x, batch, edit=edits.get(index))
+            if index not in edits:
+                x = layer(self.parameters, self.model, index, x, batch)
+                continue
+            first = index == lowest
+            reading = self._reading(batch, index) if first else look(self.parameters, self.model, index, x, batch)
+            x = finish_layer(self.parameters, index, x, reading.merged(batch, edits[index]))
         return unembed(self.parameters, x)
+
+    def _reading(self, batch: Batch, index: int) -> Reading:
+        """What the heads of layer `index` do on the untouched stream, kept for the batch and layer asked about last."""
+        x = self._residual(batch, index)
+        if index not in self._readings:
+            self._readings = {index: look(self.parameters, self.model, index, x, batch)}
+        return self._readings[index]
 
     def _residual(self, batch: Batch, index: int) -> Tensor:
         """The untouched stream that enters layer `index`, kept for the batch asked about last."""
         if self._batch is not batch:
-            self._batch, self._residuals = batch, [embed(self.parameters, batch)]
+            self._batch, self._residuals, self._readings = batch, [embed(self.parameters, batch)], {}
         while len(self._residuals) <= index:
             below = len(self._residuals) - 1
             self._residuals.append(layer(self.parameters, self.model, below, self._residuals[below], batch))

@@ -23,15 +23,14 @@ DIVERGED_LOSS = 1e6  # a member above this is frozen, as is one whose loss or gr
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     """Matrix products as `TrainConfig.precision` says, whatever was set before; on leaving, as before."""
-    if device.type == "cuda":
-        matmul = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+    cuda = device.type == "cuda"
+    matmul = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if cuda and precision == "tf32" else "ieee"
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             yield
     finally:
-        if device.type == "cuda":
-            matmul.fp32_precision = before
+        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

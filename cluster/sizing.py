@@ -1,0 +1,106 @@
+"""How many members a pack should hold: as many as gain from it, and no more than memory holds. Needs no cluster."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from cluster.sweep import MemberConfig, part_sizes
+from probes import PROBES
+from sim.generator import Generator
+from sim.system import Rows, System
+from train.loop import AT_ONCE, CACHE, free_memory, tokens_and_keys
+from train.model import activations, count_parameters, tensor_specs
+
+SAFE = 0.5  # share of the free memory that a pack is sized to: sizes below are estimates
+MOST = {"cpu": AT_ONCE, "cuda": 4096}
+"""Members a pack: a CPU takes no more of them at once; a GPU is full long before."""
+RELATIONS = 2  # of most systems: tables are sized with them
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """What one worker has for its packs: the kind of its device, and bytes of that device's memory."""
+
+    device: Device
+    memory: int
+
+    @classmethod
+    def here(cls, workers: int = 1, gpus: float = 1.0) -> Room:
+        """On this machine: a share `gpus` of its GPU, or of its memory where it has none or gpus is 0."""
+        if gpus > 0 and torch.cuda.is_available():
+            return cls(device="cuda", memory=int(free_memory(torch.device("cuda")) * min(1.0, gpus)))
+        return cls(device="cpu", memory=available_memory() // max(workers, 1))
+
+    def most(self, config: MemberConfig) -> int:
+        """Members of this shape that a pack here should hold at most; at least 1."""
+        one, two = (pack_bytes(config, members, self.device) for members in (1, 2))
+        return max(1, min(MOST[self.device], 1 + int((SAFE * self.memory - one) // (two - one))))
+
+    def reason(self, config: MemberConfig, members: int) -> str:
+        """Why a pack of this shape has so many members, where it was not asked for."""
+        most = self.most(config)
+        if members < most:
+            return "every worker has work"
+        return "as many as gain from it" if most == MOST[self.device] else "as many as memory holds"
+
+
+def available_memory() -> int:
+    """Bytes that programs can still take on this machine."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def pack_bytes(config: MemberConfig, members: int, device: Device = "cpu") -> int:
+    """What a pack takes beside torch itself, about. A CPU works on as many members at a time as its cache holds."""
+    active = members * activation_bytes(config)
+    if device == "cpu":
+        active = max(CACHE, activation_bytes(config))
+    return active + members * member_bytes(config) + pool_bytes(config)
+
+
+def member_bytes(config: MemberConfig) -> int:
+    """What each member of a pack needs whatever is at work on it: parameters, two moments, gradient, direction; a
+    checkpoint of the first three in the making, twice; kept weights; tables, twice."""
+    specs = tensor_specs(config.model, config.system.d_in, config.system.d_out)
+    weights = count_parameters(specs.values()) * config.train.dtype.itemsize
+    kept = len(config.probe.weight_steps(config.train.steps))
+    return (5 + 2 * 3 + kept) * weights + 2 * table_bytes(config)
+
+
+def table_bytes(config: MemberConfig) -> int:
+    """Of a member's curves in memory: float32 cells of every probe, about."""
+    last, grid = config.train.steps, config.model.layers * config.model.n_heads * config.probe.replicates
+    frequent, sparse = len(config.probe.steps(last)), len(config.probe.sparse_steps(last))
+    cells = sum(8 * RELATIONS * (frequent if kind.when == "every" else sparse) for kind in PROBES.values())
+    return 4 * grid * cells
+
+
+@functools.lru_cache(maxsize=256)
+def _shape_of(system: System) -> tuple[int, int, int]:
+    """Tokens, keys and bytes of one training row of a system."""
+    rows = system.rows("train", 1, Generator.of("example"))
+    size = sum(value.nbytes for value in rows.columns.values())
+    return *tokens_and_keys(system, Rows(columns=rows.columns, statistics=system.statistics(rows))), size
+
+
+def activation_bytes(config: MemberConfig) -> int:
+    """What one member keeps for the backward pass of a batch, or for the predictions of a replicate."""
+    tokens, keys, _ = _shape_of(config.system)  # type: ignore[arg-type]  # systems are frozen dataclasses
+    examples = max(config.train.batch_size, config.probe.examples)
+    return examples * activations(config.model, tokens, keys) * config.train.dtype.itemsize
+
+
+def pool_bytes(config: MemberConfig) -> int:
+    """Of the pool on the worker, and once more while it is taken from the object store."""
+    return 2 * sum(part_sizes(config).values()) * _shape_of(config.system)[2]  # type: ignore[arg-type]
