@@ -31,7 +31,7 @@ from train.step import Part, Task
 PER_MEMBER = ("learning_rate", "weight_decay", "clip")
 RESULTS_VERSION = 2  # raised when a fix changes numbers
 WARM = 3  # steps on a GPU before one is recorded: libraries choose their kernels and work space in them
-CACHE = 40 << 20  # bytes of activations that a part may keep on a CPU, and
+CACHE = 32 << 20  # bytes of activations that a part may keep on a CPU, and
 AT_ONCE = 32  # members: both measured (tests/bench/steps.py), the speed of a step is flat around them
 AHEAD = 1 << 18  # row numbers worked out at once: enough to spread the cost of many tiny operations over steps
 

@@ -295,8 +295,12 @@ def forward(parameters: Parameters, config: ModelConfig, batch: Batch) -> Tensor
 
 
 def activations(config: ModelConfig, tokens: int, keys: int) -> int:
-    """Numbers that one member keeps of one example for the backward pass, about."""
-    per_token = (14 + 2 * config.feedforward) * config.width + 2 * config.n_heads * keys
+    """Numbers that one member keeps of one example for the backward pass, about.
+
+    Per token and layer: the stream, its norm and the scaled norm, twice; queries, keys, values and what is read; the
+    hidden layer before and after its nonlinearity; the pattern.
+    """
+    per_token = (10 + 2 * config.feedforward) * config.width + config.n_heads * keys
     return tokens * config.layers * per_token
 
 

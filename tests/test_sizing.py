@@ -1,0 +1,142 @@
+"""Sizes of packs: estimates against what tensors really take, and the bounds that follow from them."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cluster import dispatch
+from cluster.cli import main
+from cluster.pack import PackRun, build_probes, make_pool
+from cluster.plan import on_trial
+from cluster.sizing import MOST, SAFE, Room, activation_bytes, available_memory, member_bytes, pack_bytes
+from cluster.sweep import DataConfig, Pack, Sweep, packs, validate
+from sim.pool import Pool
+from sim.system import Batch
+from tests.test_pack import MEMBERS, Memory
+from tests.toys import MaskedToy
+from train.config import ModelConfig, TrainConfig
+from train.loop import Trainer
+from train.model import forward
+
+GIB = 1 << 30
+CONFIG = Sweep(name="s").members()[0].config
+
+
+def kept_bytes(trainer, batch):
+    """What autograd really keeps of one forward pass and loss, beside the parameters: each storage once."""
+    kept = {}
+
+    def keep(value):
+        storage = value.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    parameters = trainer.parts[0].parameters
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        loss = trainer.system.loss(forward(parameters, trainer.model, batch), batch).sum()
+    del loss
+    return sum(size for place, size in kept.items() if place != trainer.state.weights.untyped_storage().data_ptr())
+
+
+@pytest.mark.parametrize(
+    ("model", "batch_size", "precision"),
+    [
+        (ModelConfig(width=32), 64, "float32"),
+        (ModelConfig(width=64, heads=8, layers=1), 64, "float64"),
+        (ModelConfig(width=16, heads=2, layers=3, feedforward=2), 128, "float32"),
+    ],
+)
+def test_activations_are_estimated_to_a_quarter(model, batch_size, precision):
+    train = TrainConfig(batch_size=batch_size, precision=precision)
+    config = dataclasses.replace(CONFIG, model=model, train=train, data=DataConfig(rows=64))
+    rows = make_pool(on_trial(Pack(members=(dataclasses.replace(MEMBERS[0], config=config),))).config).parts["train"]
+    trainer = Trainer(config.system, rows, model, [train] * 3, [1, 2, 3], chunk=3)
+    batch = config.system.draw(rows.take(torch.zeros(3, batch_size, dtype=torch.int64)), None)
+    batch = Batch(inputs=batch.inputs, targets=batch.targets)
+    assert 3 * activation_bytes(config) == pytest.approx(kept_bytes(trainer, batch), rel=0.25)
+
+
+def test_a_member_takes_at_least_its_tensors():
+    pool = Pool.make(MaskedToy(), 0, {"train": 64})
+    config = dataclasses.replace(CONFIG, system=MaskedToy(), model=ModelConfig(width=16, heads=2))
+    trainer = Trainer(config.system, pool.parts["train"], config.model, [config.train] * 4, [1, 2, 3, 4])
+    tensors = [*trainer.state.tensors().values()]
+    tensors += [value for part in trainer.parts for value in (part.gradient, part.direction)]
+    assert 4 * member_bytes(config) > sum(value.nbytes for value in tensors)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("memory", [0, GIB // 8, GIB // 2, 2 * GIB, 140 * GIB])
+def test_the_largest_pack_fits_and_one_more_would_not(device, memory):
+    room = Room(device=device, memory=memory)
+    for config in (CONFIG, dataclasses.replace(CONFIG, model=ModelConfig(width=512))):
+        most = room.most(config)
+        assert 1 <= most <= MOST[device]
+        if most > 1:
+            assert pack_bytes(config, most, device) <= SAFE * memory
+        if most < MOST[device]:
+            assert pack_bytes(config, most + 1, device) > SAFE * memory
+
+
+def test_a_gpu_holds_all_activations_at_once_and_a_cpu_a_few():
+    extra = pack_bytes(CONFIG, 512, "cuda") - pack_bytes(CONFIG, 256, "cuda")
+    assert extra == 256 * (member_bytes(CONFIG) + activation_bytes(CONFIG))
+    assert pack_bytes(CONFIG, 512) - pack_bytes(CONFIG, 256) == 256 * member_bytes(CONFIG)
+
+
+def test_packs_heed_the_room_and_the_plan_says_why():
+    members = Sweep(name="s", seeds=100).members()
+    large, small = Room(device="cpu", memory=8 * GIB), Room(device="cpu", memory=GIB // 3)
+    assert small.most(CONFIG) < 32 == large.most(CONFIG)
+    for room, workers, size, reason in (
+        (large, 50, 2, "every worker has work"),
+        (large, 1, 25, "as many as gain from it"),  # 4 even packs, as 3 of at most 32 do not do
+        (small, 1, None, "as many as memory holds"),
+    ):
+        cut = packs(members, workers, most=room.most)
+        largest = max(len(pack.members) for pack in cut)
+        assert largest == (size or -(-100 // -(-100 // small.most(CONFIG))))
+        assert room.reason(CONFIG, room.most(CONFIG) if workers == 1 else largest) == reason
+    assert max(len(pack.members) for pack in packs(members, 1, size=7, most=small.most)) == 7
+
+
+def test_rooms_are_found_by_node(monkeypatch):
+    nodes = [{"CPU": 4.0, "memory": 8.0 * GIB}, {"CPU": 2.0, "memory": 2.0 * GIB}, {"GPU": 1.0, "memory": 1.0}]
+    monkeypatch.setattr(dispatch, "nodes", lambda: nodes)
+    assert dispatch.slots({"CPU": 1.0}) == 6
+    assert dispatch.find_room({"CPU": 1.0}) == Room(device="cpu", memory=GIB)
+    here = Room.here(workers=4, gpus=0)
+    assert here.device == "cpu"
+    assert here.memory == pytest.approx(available_memory() / 4, rel=0.2)
+
+
+def test_the_dry_run_tells_sizes_and_reasons(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    uri = f"sqlite:///{tmp_path}/x.db"
+    assert main(["sweep", "tiny", "--dry-run", "--workers", "2", "--tracking-uri", uri]) == 0
+    assert "every worker has work" in capsys.readouterr().out
+    assert main(["sweep", "tiny", "--dry-run", "--pack-size", "1", "--tracking-uri", uri]) == 0
+    told = capsys.readouterr().out
+    assert "--pack-size" in told
+    assert "a worker takes 0.5 GB before that, and has" in told
+
+
+def test_by_seed_members_see_the_same_rows_at_every_width():
+    sweep = Sweep(name="s", widths=(8, 16), seeds=2, model=ModelConfig(heads=2), train=TrainConfig(batch_size=4))
+    for order, paired in (("member", False), ("seed", True)):
+        data = DataConfig(rows=64, validation_rows=8, order=order)
+        members = validate(dataclasses.replace(sweep, data=data, system=MEMBERS[0].config.system))
+        runs = {}
+        for pack in packs(members, 1):
+            pool = make_pool(pack.config)
+            runs[pack.config.model.width] = PackRun(pack, pool, build_probes(pack.config, pool), Memory())
+        for step in (0, 7, 3999):
+            narrow, wide = (runs[width].trainer.schedule.at(step) for width in (8, 16))
+            assert all(torch.equal(a, b) == paired for a, b in zip(narrow, wide, strict=True))
+            assert not torch.equal(narrow[0][0], narrow[0][1])  # seeds differ
+        starts = [runs[width].trainer.parameters["unembed.W"].flatten()[:4] for width in (8, 16)]
+        assert not torch.equal(*starts)
+    own, shared = (validate(dataclasses.replace(sweep, data=DataConfig(order=order))) for order in ("member", "seed"))
+    assert not {m.id for m in own} & {m.id for m in shared}
+    assert {m.id for m in own} == {m.id for m in validate(sweep)}
