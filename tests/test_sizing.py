@@ -87,7 +87,7 @@ def test_a_gpu_holds_all_activations_at_once_and_a_cpu_a_few():
 
 def test_packs_heed_the_room_and_the_plan_says_why():
     members = Sweep(name="s", seeds=100).members()
-    large, small = Room(device="cpu", memory=8 * GIB), Room(device="cpu", memory=GIB // 3)
+    large, small = Room(device="cpu", memory=8 * GIB), Room(device="cpu", memory=GIB // 4)
     assert small.most(CONFIG) < 32 == large.most(CONFIG)
     for room, workers, size, reason in (
         (large, 50, 2, "every worker has work"),
