@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -27,7 +28,7 @@ from cluster.driver import Desk, Outcome, Settings, analyze_again, make_report, 
 from cluster.encoding import require_known
 from cluster.plan import make_plan
 from cluster.recipes import RECIPES, load_sweep
-from cluster.sizing import Room
+from cluster.sizing import Room, require_computable
 from cluster.sweep import Sweep, packs, validate
 
 USAGE = """\
@@ -179,8 +180,12 @@ def dry_run(sweep: Sweep, settings: Settings, console: Console) -> int:
     if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists():
         client = tracking.connect(uri)
         done = tracking.settled_members(client, uri, sweep)
-    workers = settings.workers or os.cpu_count() or 1
-    room = Room.here(workers, settings.gpus if settings.gpus is not None else 1.0)
+    workers, gpus = settings.workers or os.cpu_count() or 1, 1.0 if settings.gpus is None else settings.gpus
+    if gpus > 0 and torch.cuda.is_available():
+        workers = min(workers, max(1, int(torch.cuda.device_count() / gpus)))
+    room = Room.here(workers, gpus)
+    for member in members:
+        require_computable(member.config, room.device)
     cut = packs([m for m in members if m.id not in done], workers, settings.pack_size, most=room.most)
     plan = make_plan(cut, workers, len(members) - sum(len(p.members) for p in cut), room)
     show_plan(console, sweep, plan, asked=settings.pack_size)

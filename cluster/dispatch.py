@@ -87,14 +87,14 @@ def slots_on(node: Mapping[str, float], resources: Mapping[str, float]) -> int:
 
 
 def find_room(resources: Mapping[str, float]) -> Room:
-    """The room for packs on the smallest of the nodes' places; a GPU's free memory is asked for on a worker."""
-    places = [(node, slots_on(node, resources)) for node in nodes()]
-    memory = min(node.get("memory", 0.0) / count for node, count in places if count)
+    """The room for packs: memory of the smallest of the nodes' places; of a GPU what one worker finds free."""
+    places = [(node.get("memory"), slots_on(node, resources)) for node in nodes()]
+    known = [memory / count for memory, count in places if count and memory is not None]
     if gpus := resources.get("GPU", 0.0):
         room: Room = ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_gpu_room).remote(gpus))
         if room.device == "cuda":
             return room
-    return Room(device="cpu", memory=int(memory))
+    return Room(device="cpu", memory=int(min(known))) if known else Room.here(slots(resources), gpus=0)
 
 
 def _gpu_room(gpus: float) -> Room:

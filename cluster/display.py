@@ -136,7 +136,7 @@ def show_plan(console: Console, sweep: Sweep, plan: Plan, asked: int | None = No
         table.add_row(
             str(len(alike)),
             str(len(first.members)),
-            "--pack-size" if asked is not None else plan.room.reason(first.config, len(first.members)),
+            "--pack-size" if asked is not None else plan.reason(first),
             str(cost.at_once),
             *values,
             steps,

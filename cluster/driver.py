@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +22,11 @@ from cluster.analysis import Analysis
 from cluster.dispatch import find_room, make_pools, ray_cluster, run_packs, settle_resources, slots
 from cluster.pack import Pace, warn
 from cluster.report import MemberData, require_replaceable, write_report
+from cluster.sizing import require_computable
 from cluster.store import open_store
 from cluster.sweep import Member, Pack, Sweep, packs, validate, versions
 from cluster.tracking import Ledger, Place
-from cluster.trial import Report, TrialContext, forget_attempts
+from cluster.trial import Report, TrialContext, drop_checkpoints, forget_attempts
 from sim.checks import require
 from sim.generator import Generator
 from train import checkpoint
@@ -150,6 +151,8 @@ def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
     display.stage("starting Ray")
     with ray_cluster(settings.address, settings.workers):
         resources = settle_resources(settings.gpus)
+        for member in members:
+            require_computable(member.config, "cuda" if "GPU" in resources else "cpu")
         with held_ledger(desk, sweep) as ledger:
             return _run(Job(desk, sweep, members, ledger, resources, display))
 
@@ -254,6 +257,7 @@ def train(job: Job, missing: Sequence[Member]) -> None:
         place=job.ledger.place,
         store=store,
         pace=Pace(checkpoint=job.desk.settings.checkpoint_every),
+        gpus=job.resources.get("GPU", 0.0),
     )
 
     def on_report(report: Report) -> None:
@@ -262,14 +266,7 @@ def train(job: Job, missing: Sequence[Member]) -> None:
 
     run_packs(context, job.resources, on_report)
     settled = job.ledger.settle(running_too=True)
-    clear_checkpoints(files, settled.keys())
-
-
-def clear_checkpoints(files: checkpoint.Files, settled: Collection[str]) -> None:
-    """Drop checkpoints of which every member is settled."""
-    for manifest in checkpoint.manifests(files, versions(), warn):
-        if all(member in settled for member in manifest.members):
-            checkpoint.remove(files, manifest.name)
+    drop_checkpoints(files, settled.keys())
 
 
 def warn_of_code(parent: Run) -> None:

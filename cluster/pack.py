@@ -22,7 +22,7 @@ from torch import Tensor
 from cluster import curves as tables
 from cluster.curves import Curves
 from cluster.encoding import encode
-from cluster.sizing import Room
+from cluster.sizing import Room, require_computable
 from cluster.store import FolderStore
 from cluster.sweep import Member, MemberConfig, Pack, packs, part_sizes, validate, versions
 from probes import PROBES
@@ -36,6 +36,8 @@ from train.loop import Trainer, even_cuts, fitting
 from train.model import tensor_specs
 from train.snapshot import Snapshot
 from train.state import State, join, unflatten
+
+STRIDE = 8  # steps between looks at the clock: parts of a pack take turns no more often
 
 Figures = dict[str, NDArray[np.float64]]
 
@@ -142,7 +144,7 @@ class PackRun:
         self.stops = config.probe.steps(config.train.steps)
         self.sparse = config.probe.sparse_steps(config.train.steps)
         self.kept = config.probe.weight_steps(config.train.steps)
-        at_once = fitting(config.system, rows, config.model, config.train, config.probe.examples)
+        at_once = fitting(config.system, rows, config.model, config.train, config.probe.at_once)
         self.cuts = even_cuts(len(pack.members), at_once)
         self.validation = pool.parts["validation"]
         self.stream = Generator.of("validation", config.data.seed, device=self.validation.device)
@@ -154,7 +156,7 @@ class PackRun:
             if stop <= self.curves.last_step:
                 continue
             while self.trainer.state.step < stop:
-                self.trainer.advance()
+                self.trainer.advance(min(STRIDE, stop - self.trainer.state.step))
                 self._between(stop)
             self._probe()
         self.sink.finish(self.pack, self.curves, self.trainer.state.diverged.tolist())
@@ -247,11 +249,15 @@ def _lack_of_memory(pack: Pack, pool: Pool, probes: Sequence[Probe], sink: Sink,
     return lack
 
 
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In errors of torch that are of no type of their own."""
+
+
 def out_of_memory(error: BaseException | None) -> str | None:
     """The first line of the lack of memory behind an error, None where it has another cause."""
     while error is not None:
         text = str(error).partition("\n")[0]
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in NO_MEMORY):
             return f"{type(error).__name__}: {text}"
         error = error.__cause__ or error.__context__
     return None
@@ -374,11 +380,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sweep = replace(sweep, train=replace(sweep.train, steps=options.steps))
         gpus = 0.0 if options.device == "cpu" else 1.0
         todo = packs(validate(sweep), workers=1, size=options.size, most=Room.here(gpus=gpus).most)
+        for pack in todo:
+            require_computable(pack.config, "cpu" if options.device == "cpu" else "cuda")
         if options.only is not None and not 0 <= options.only < len(todo):
             raise ValueError(f"--only: {options.only} is not allowed; it must be in 0..{len(todo) - 1}")
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
+    if options.device != "cpu":
+        torch.cuda.set_device(options.device)
     sink = FolderSink(options.out)
     chosen = todo if options.only is None else todo[options.only : options.only + 1]
     missing = [replace(p, members=tuple(m for m in p.members if not sink.done(m.id))) for p in chosen]

@@ -50,6 +50,12 @@ class Plan:
     done: int
     room: Room
 
+    def reason(self, pack: Pack) -> str:
+        """Why a pack is as large as it is."""
+        alike = (other for other in self.packs if other.start == pack.start)
+        group = sum(len(other.members) for other in alike if other.members[0].group == pack.members[0].group)
+        return self.room.reason(pack.config, -(-group // self.workers))
+
     @property
     def seconds(self) -> float:
         """Until the last worker is through, packs handed out in their order to whoever is free; pools left out."""
@@ -81,9 +87,9 @@ def make_plan(packs: Sequence[Pack], workers: int, done: int, room: Room) -> Pla
     torch.set_num_threads(1)  # as on a worker
     shapes = {shape_name(pack): on_trial(pack) for pack in packs}
     costs = {}
-    for trial, pool in pools(list(shapes.values()), "cpu"):
+    for trial, pool in pools(list(shapes.values()), room.device):
         name = next(name for name, pack in shapes.items() if pack is trial)
-        costs[name] = measure(trial, pool)
+        costs[name] = measure(trial, pool, room)
     return Plan(packs=tuple(packs), costs=costs, workers=workers, done=done, room=room)
 
 
@@ -115,7 +121,7 @@ class _Nowhere:
         """Nothing."""
 
 
-def measure(pack: Pack, pool: Pool) -> PackCost:
+def measure(pack: Pack, pool: Pool, room: Room) -> PackCost:
     """Cost of a pack from a few steps. The sizes of tables follow from their shapes."""
     run = PackRun(pack, pool, build_probes(pack.config, pool), _Nowhere())
     for _ in range(WARM):
@@ -129,7 +135,7 @@ def measure(pack: Pack, pool: Pool) -> PackCost:
         step=step,
         probe=_seconds(run, sparse=False),
         sparse=_seconds(run, sparse=True),
-        memory=pack_bytes(pack.config, len(pack.members)),
+        memory=pack_bytes(pack.config, len(pack.members), room.device),
         at_once=max(cut.stop - cut.start for cut in run.trainer.cuts),
         artifacts=artifacts,
         checkpoint=3 * run.trainer.state.weights.nbytes + artifacts * len(pack.members),

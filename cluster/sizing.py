@@ -12,13 +12,14 @@ import torch
 
 from cluster.sweep import MemberConfig, part_sizes
 from probes import PROBES
+from sim.checks import require
 from sim.generator import Generator
 from sim.system import Rows, System
-from train.loop import AT_ONCE, CACHE, free_memory, tokens_and_keys
+from train.loop import CACHE, MEMBERS_AT_ONCE, free_memory, tokens_and_keys
 from train.model import activations, count_parameters, tensor_specs
 
 SAFE = 0.5  # share of the free memory that a pack is sized to: sizes below are estimates
-MOST = {"cpu": AT_ONCE, "cuda": 4096}
+MOST = {"cpu": MEMBERS_AT_ONCE, "cuda": 4096}
 """Members a pack: a CPU takes no more of them at once; a GPU is full long before."""
 RELATIONS = 2  # of most systems: tables are sized with them
 
@@ -34,7 +35,7 @@ class Room:
 
     @classmethod
     def here(cls, workers: int = 1, gpus: float = 1.0) -> Room:
-        """On this machine: a share `gpus` of its GPU, or of its memory where it has none or gpus is 0."""
+        """On this machine: a share `gpus` of its GPU; where it has none or gpus is 0, its memory shared by workers."""
         if gpus > 0 and torch.cuda.is_available():
             return cls(device="cuda", memory=int(free_memory(torch.device("cuda")) * min(1.0, gpus)))
         return cls(device="cpu", memory=available_memory() // max(workers, 1))
@@ -44,10 +45,10 @@ class Room:
         one, two = (pack_bytes(config, members, self.device) for members in (1, 2))
         return max(1, min(MOST[self.device], 1 + int((SAFE * self.memory - one) // (two - one))))
 
-    def reason(self, config: MemberConfig, members: int) -> str:
-        """Why a pack of this shape has so many members, where it was not asked for."""
+    def reason(self, config: MemberConfig, share: int) -> str:
+        """Why a pack of this shape is as large as it is, where each worker's share of such members is `share`."""
         most = self.most(config)
-        if members < most:
+        if share <= most:
             return "every worker has work"
         return "as many as gain from it" if most == MOST[self.device] else "as many as memory holds"
 
@@ -56,26 +57,40 @@ def available_memory() -> int:
     """Bytes that programs can still take on this machine."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:  # a container's own limit
+        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
+
+
+def require_computable(config: MemberConfig, device: Device) -> None:
+    """Raise ValueError where the device does not know the arithmetic that the config names."""
+    only = "float32, float64 or bf16 where packs have no GPU"
+    require(device == "cuda" or config.train.precision != "tf32", "train.precision", config.train.precision, only)
 
 
 def pack_bytes(config: MemberConfig, members: int, device: Device = "cpu") -> int:
     """What a pack takes beside torch itself, about. A CPU works on as many members at a time as its cache holds."""
     active = members * activation_bytes(config)
     if device == "cpu":
-        active = max(CACHE, activation_bytes(config))
+        active = max(CACHE, 2 * activation_bytes(config))
     return active + members * member_bytes(config) + pool_bytes(config)
 
 
 def member_bytes(config: MemberConfig) -> int:
-    """What each member of a pack needs whatever is at work on it: parameters, two moments, gradient, direction; a
-    checkpoint of the first three in the making, twice; kept weights; tables, twice."""
+    """What each member of a pack needs, whatever is at work on it.
+
+    Parameters, two moments, gradient and direction of a step; weights kept; tables; and while a checkpoint is made a
+    copy of the first three, of the weights kept and two of the tables.
+    """
     specs = tensor_specs(config.model, config.system.d_in, config.system.d_out)
     weights = count_parameters(specs.values()) * config.train.dtype.itemsize
     kept = len(config.probe.weight_steps(config.train.steps))
-    return (5 + 2 * 3 + kept) * weights + 2 * table_bytes(config)
+    return (5 + 3 + 2 * kept) * weights + 3 * table_bytes(config)
 
 
 def table_bytes(config: MemberConfig) -> int:
@@ -87,7 +102,7 @@ def table_bytes(config: MemberConfig) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _shape_of(system: System) -> tuple[int, int, int]:
+def _shape_of(system: System) -> tuple[int, int | None, int]:
     """Tokens, keys and bytes of one training row of a system."""
     rows = system.rows("train", 1, Generator.of("example"))
     size = sum(value.nbytes for value in rows.columns.values())
@@ -95,9 +110,9 @@ def _shape_of(system: System) -> tuple[int, int, int]:
 
 
 def activation_bytes(config: MemberConfig) -> int:
-    """What one member keeps for the backward pass of a batch, or for the predictions of a replicate."""
+    """What one member keeps for the backward pass of a batch, or for the predictions of a probe."""
     tokens, keys, _ = _shape_of(config.system)  # type: ignore[arg-type]  # systems are frozen dataclasses
-    examples = max(config.train.batch_size, config.probe.examples)
+    examples = max(config.train.batch_size, config.probe.at_once)
     return examples * activations(config.model, tokens, keys) * config.train.dtype.itemsize
 
 

@@ -19,7 +19,7 @@ from sim.generator import key_of
 from sim.particles import ParticleSystem
 from sim.system import Part, System
 from train.config import ModelConfig, TrainConfig
-from train.loop import AT_ONCE, even_cuts, probe_steps, shape_of
+from train.loop import MEMBERS_AT_ONCE, even_cuts, probe_steps, shape_of
 
 Order = Literal["member", "seed"]
 SWEPT = ("model", "system", "data", "train", "probe")  # parts of a sweep whose fields can be axes
@@ -39,8 +39,9 @@ class DataConfig:
     seed: int = 0
     """Of the pool; the members' seeds are their own."""
     order: Order = "member"
-    """Rows and noise that a member sees, step by step: its own, or by `seed` the same for all members of one seed at
-    every width and along every other axis, so that contrasts between them are paired (common random numbers)."""
+    """Rows and noise that a member sees, step by step: its own, or by `seed` the same for all members of one seed, at
+    every width and along every axis that leaves the pool as it is, so that contrasts are paired (common random
+    numbers)."""
 
     def __post_init__(self) -> None:
         require_one_of("order", self.order, get_args(Order))
@@ -78,6 +79,11 @@ class ProbeConfig:
             self.sparse_per_decade,
             "in 1..per_decade",
         )
+
+    @property
+    def at_once(self) -> int:
+        """The most examples that a probe has predicted together: a replicate's, or the costly probes' of all."""
+        return max(self.examples, self.replicates * self.sparse_examples)
 
     def steps(self, last: int) -> tuple[int, ...]:
         """All probe steps."""
@@ -313,7 +319,7 @@ def packs(
     workers: int,
     size: int | None = None,
     starts: Mapping[str, int] | None = None,
-    most: Callable[[MemberConfig], int] = lambda config: AT_ONCE,
+    most: Callable[[MemberConfig], int] = lambda config: MEMBERS_AT_ONCE,
 ) -> tuple[Pack, ...]:
     """Cut members into packs of equal shape and starting step, costly packs first.
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,9 +29,10 @@ from cluster.pack import (
     restore_checkpoint,
     run_pack,
     save_checkpoint,
+    warn,
 )
 from cluster.store import open_store
-from cluster.sweep import MemberConfig, Pack, part_sizes
+from cluster.sweep import MemberConfig, Pack, part_sizes, versions
 from cluster.tracking import Place
 from probes.probe import Probe
 from sim.pool import Pool, digest_of
@@ -46,13 +47,14 @@ FLUSH_EVERY = 10.0  # seconds between metric batches to MLflow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialContext:
-    """What all trials of a sweep share. `pools`: object references of pool arrays by `pool_name`."""
+    """What all trials of a sweep share. `pools`: object references of pool arrays by `pool_name`; `gpus`: a pack's."""
 
     packs: tuple[Pack, ...]
     pools: Mapping[str, Any]
     place: Place
     store: str
     pace: Pace
+    gpus: float = 0.0
 
 
 def pool_name(config: MemberConfig) -> str:
@@ -84,19 +86,19 @@ def train_pack(config: Mapping[str, Any], context: TrialContext) -> None:
     attempts = Attempts(open_store(context.store), pack)
     runs = MemberRuns(context.place, pack, device_name(device))
     try:
-        restored = restore_checkpoint(attempts.files, pack)
-        cause = attempts.begin(restored[0].step if restored else 0)
+        cause = attempts.begin(progress_of(attempts.files, pack))
         if cause is not None:
             runs.fail(cause)
             Report(pack=pack.id, step=pack.start, failed=cause).send()
             return
-        sink = TrialSink(attempts.files, runs, restored)
-        pieces = 2**attempts.deaths
-        if pieces > 1:
-            sink.note(pack, f"lost its worker, perhaps for want of memory; goes on in {pieces} pieces")
+        if device == "cuda":
+            torch.cuda.set_per_process_memory_fraction(min(1.0, context.gpus))
+        sink = TrialSink(attempts.files, runs)
+        if (pieces := attempts.pieces) > 1:
+            sink.note(pack, f"lost its worker, perhaps for want of memory: goes on in {pieces} pieces")
         run_pack(pack, *pool_and_probes(pack.config, context.pools, device), sink, context.pace, pieces)
         runs.close()
-        checkpoint.drop(attempts.files, pack.id)
+        drop_checkpoints(attempts.files, {member.id for member in pack.members})
         attempts.end()
         Report(pack=pack.id, step=pack.config.train.steps, loss=sink.loss).send()
     except Exception as error:
@@ -106,6 +108,19 @@ def train_pack(config: Mapping[str, Any], context: TrialContext) -> None:
         raise
     finally:
         runs.abandon()
+
+
+def progress_of(files: Files, pack: Pack) -> int:
+    """Steps of a pack's members on record, added up."""
+    latest = checkpoint.latest_steps(checkpoint.manifests(files, versions(), warn))
+    return sum(latest.get(member.id, 0) for member in pack.members)
+
+
+def drop_checkpoints(files: Files, settled: Collection[str]) -> None:
+    """Drop checkpoints of which every member is settled."""
+    for manifest in checkpoint.manifests(files, versions(), warn):
+        if all(member in settled for member in manifest.members):
+            checkpoint.remove(files, manifest.name)
 
 
 _kept: dict[tuple[Any, ...], tuple[Pool, tuple[Probe, ...]]] = {}
@@ -136,40 +151,54 @@ def forget_attempts(files: Files) -> None:
 
 
 class Attempts:
-    """Counts how often a pack was started from the same step; kept in the store, so that a killed worker counts too."""
+    """Counts failures of a pack without progress; kept in the store, so that a killed worker counts too.
+
+    progress: steps of all members on record, added up. A worker that died without a word may have been killed for its
+    memory: the pack is then cut into twice as many `pieces`, and only when those are single members does that count.
+    """
 
     def __init__(self, files: Files, pack: Pack) -> None:
-        self.files, self.name, self.deaths = files, f"{ATTEMPTS}/{pack.id}.json", 0
+        self.files, self.name, self.members = files, f"{ATTEMPTS}/{pack.id}.json", len(pack.members)
 
     def _read(self) -> dict[str, Any]:
+        blank = {"progress": -1, "failures": 0, "pieces": 1, "cause": "", "running": False}
         try:
-            body: dict[str, Any] = json.loads(self.files.get(self.name))
+            return {**blank, **json.loads(self.files.get(self.name))}
         except (OSError, ValueError):
-            return {"starts": [], "causes": 0, "cause": ""}
-        return body
+            return blank
 
-    def begin(self, step: int) -> str | None:
-        """Note a start from `step`. Returns the cause for giving up once the limit of failures there is reached.
-
-        `deaths` then tells how many of the earlier starts ended without a cause: the worker was killed.
-        """
-        body = self._read()
-        self.deaths = len(body["starts"]) - body["causes"]
-        if body["starts"].count(step) >= GIVE_UP:
-            self.end()  # the next run of the sweep may try again
-            return f"failed {GIVE_UP} times from step {step}: {body['cause'] or 'the worker died'}"
-        body["starts"].append(step)
+    def _write(self, body: Mapping[str, Any]) -> None:
         self.files.put(self.name, json.dumps(body).encode())
+
+    @property
+    def pieces(self) -> int:
+        """Into how many packs this one should be cut."""
+        return int(self._read()["pieces"])
+
+    def begin(self, progress: int) -> str | None:
+        """Note a start. Returns the cause for giving up once the limit of failures without progress is reached."""
+        body = self._read()
+        if progress > body["progress"]:
+            body |= {"progress": progress, "failures": 0, "cause": ""}
+        elif body["running"] and body["pieces"] < self.members:
+            body["pieces"] = min(2 * body["pieces"], self.members)
+        elif body["running"]:
+            body["failures"] += 1
+        if body["failures"] >= GIVE_UP:
+            self.end()  # the next run of the sweep may try again
+            step = progress // self.members
+            return f"failed {GIVE_UP} times from step {step}: {body['cause'] or 'the worker died'}"
+        self._write({**body, "running": True})
         return None
 
     def note(self, error: BaseException) -> None:
-        """Keep the cause of a failure."""
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119
-        cause = f"{type(error).__name__}: {error} ({where})"
+        """Keep a failure and its cause."""
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f"({os.path.basename(frame.filename)}:{frame.lineno})" for frame in frames[-1:]]  # noqa: PTH119
+        cause = " ".join([f"{type(error).__name__}: {error}", *where])
         with contextlib.suppress(OSError):  # where the store itself is at fault, the error on its way says so
             body = self._read()
-            self.files.put(self.name, json.dumps({**body, "causes": body["causes"] + 1, "cause": cause}).encode())
+            self._write({**body, "failures": body["failures"] + 1, "cause": cause, "running": False})
 
     def end(self) -> None:
         """Forget."""
@@ -179,14 +208,14 @@ class Attempts:
 class TrialSink:
     """Checkpoints to the store, points and tables to MLflow, progress to Tune."""
 
-    def __init__(self, files: Files, runs: MemberRuns, restored: tuple[State, Curves] | None) -> None:
-        self.files, self.runs, self.restored, self.loss = files, runs, restored, float("nan")
+    def __init__(self, files: Files, runs: MemberRuns) -> None:
+        self.files, self.runs, self.loss = files, runs, float("nan")
         self.report, self.flush = Clock(REPORT_EVERY), Clock(FLUSH_EVERY)
         self.steps = dict.fromkeys(runs.index, runs.pack.start)
 
     def restore(self, pack: Pack) -> tuple[State, Curves] | None:
         """What was found in the store; points already measured are logged again with their own wall times."""
-        restored = self.restored if pack == self.runs.pack else restore_checkpoint(self.files, pack)
+        restored = restore_checkpoint(self.files, pack)
         if restored is not None:
             curves = restored[1]
             for t, step in enumerate(curves.figure_steps):

@@ -18,7 +18,7 @@ When = Literal["every", "sparse", "checkpoints"]
 
 
 class BatchLike(Protocol):
-    """The part of a batch that probes read; no leading member axis. Shapes as in `sim.system.Batch`."""
+    """The part of a batch, a dataclass, that probes read; no leading member axis. Shapes as in `sim.system.Batch`."""
 
     @property
     def inputs(self) -> Tensor:
@@ -119,6 +119,8 @@ def join_batches(batches: Sequence[BatchLike]) -> Any:
 
 
 def _joined(values: Sequence[Any]) -> Any:
+    if len({type(value) for value in values}) > 1:
+        raise ValueError(f"batch: got {[type(value).__name__ for value in values]} for one field, need the same in all")
     if isinstance(values[0], Tensor):
         return torch.cat(list(values))
     if isinstance(values[0], Mapping):

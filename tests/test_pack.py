@@ -1,6 +1,7 @@
 """A pack from start to tables: what is measured when, exact resume of curves, and the folder it writes to."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -147,10 +148,14 @@ def test_packs_are_formed_anew_from_slices(tmp_path, pool, probes, undisturbed):
             same(tables_of_member, undisturbed[name])
 
 
-def test_progress_is_told_between_probe_steps_too(tmp_path, pool, probes):
+@pytest.mark.parametrize("stride", [1, 2, 3, 100])
+def test_progress_is_told_between_probe_steps_too(tmp_path, pool, probes, monkeypatch, stride):
+    monkeypatch.setattr("cluster.pack.STRIDE", stride)
     sink = Memory(FolderStore(tmp_path))
     run_pack(Pack(members=MEMBERS[:1]), pool, probes, sink, Pace(progress=0.0, checkpoint=1e9))
-    assert [step for step, _ in sink.told] == list(range(15))
+    stops = SWEEP.probe.steps(14)
+    between = (range(start + stride, stop, stride) for start, stop in itertools.pairwise(stops))
+    assert [step for step, _ in sink.told] == sorted({*stops, *itertools.chain(*between)})
     assert all("train_loss" in figures for _, figures in sink.told)
 
 
@@ -160,13 +165,13 @@ class SmallDevice:
     def __init__(self, monkeypatch, most, since=0, error=torch.OutOfMemoryError):
         real = Trainer.advance
 
-        def advance(trainer):
-            if len(trainer.state.weights) > most and trainer.state.step >= since:
+        def advance(trainer, steps=1):
+            if len(trainer.state.weights) > most and trainer.state.step + steps > since:
                 try:
                     raise error("tried to allocate 7 GiB")
                 except Exception as lack:
                     raise RuntimeError("the recording was broken off") from lack
-            real(trainer)
+            real(trainer, steps)
 
         monkeypatch.setattr(Trainer, "advance", advance)
 

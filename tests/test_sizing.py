@@ -1,6 +1,7 @@
 """Sizes of packs: estimates against what tensors really take, and the bounds that follow from them."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,17 @@ import torch
 from cluster import dispatch
 from cluster.cli import main
 from cluster.pack import PackRun, build_probes, make_pool
-from cluster.plan import on_trial
-from cluster.sizing import MOST, SAFE, Room, activation_bytes, available_memory, member_bytes, pack_bytes
+from cluster.plan import Plan, on_trial
+from cluster.sizing import (
+    MOST,
+    SAFE,
+    Room,
+    activation_bytes,
+    available_memory,
+    member_bytes,
+    pack_bytes,
+    require_computable,
+)
 from cluster.sweep import DataConfig, Pack, Sweep, packs, validate
 from sim.pool import Pool
 from sim.system import Batch
@@ -17,7 +27,7 @@ from tests.test_pack import MEMBERS, Memory
 from tests.toys import MaskedToy
 from train.config import ModelConfig, TrainConfig
 from train.loop import Trainer
-from train.model import forward
+from train.model import activations, forward
 
 GIB = 1 << 30
 CONFIG = Sweep(name="s").members()[0].config
@@ -55,6 +65,10 @@ def test_activations_are_estimated_to_a_quarter(model, batch_size, precision):
     batch = config.system.draw(rows.take(torch.zeros(3, batch_size, dtype=torch.int64)), None)
     batch = Batch(inputs=batch.inputs, targets=batch.targets)
     assert 3 * activation_bytes(config) == pytest.approx(kept_bytes(trainer, batch), rel=0.25)
+    nearest = torch.randint(16, (3, batch_size, 16, 5), generator=torch.Generator().manual_seed(0))
+    local = dataclasses.replace(batch, keys=nearest)
+    estimate = 3 * batch_size * activations(model, 16, 5) * train.dtype.itemsize
+    assert estimate == pytest.approx(kept_bytes(trainer, local), rel=0.25)
 
 
 def test_a_member_takes_at_least_its_tensors():
@@ -89,15 +103,17 @@ def test_packs_heed_the_room_and_the_plan_says_why():
     members = Sweep(name="s", seeds=100).members()
     large, small = Room(device="cpu", memory=8 * GIB), Room(device="cpu", memory=GIB // 4)
     assert small.most(CONFIG) < 32 == large.most(CONFIG)
-    for room, workers, size, reason in (
-        (large, 50, 2, "every worker has work"),
-        (large, 1, 25, "as many as gain from it"),  # 4 even packs, as 3 of at most 32 do not do
-        (small, 1, None, "as many as memory holds"),
+    for room, workers, reason in (
+        (large, 50, "every worker has work"),
+        (large, 1, "as many as gain from it"),
+        (small, 1, "as many as memory holds"),
+        (small, 50, "every worker has work"),
     ):
-        cut = packs(members, workers, most=room.most)
-        largest = max(len(pack.members) for pack in cut)
-        assert largest == (size or -(-100 // -(-100 // small.most(CONFIG))))
-        assert room.reason(CONFIG, room.most(CONFIG) if workers == 1 else largest) == reason
+        plan = Plan(packs=packs(members, workers, most=room.most), costs={}, workers=workers, done=0, room=room)
+        sizes = {len(pack.members) for pack in plan.packs}
+        parts = -(-100 // min(room.most(CONFIG), -(-100 // workers)))
+        assert sizes == {100 // parts, -(-100 // parts)}
+        assert {plan.reason(pack) for pack in plan.packs} == {reason}
     assert max(len(pack.members) for pack in packs(members, 1, size=7, most=small.most)) == 7
 
 
@@ -106,6 +122,8 @@ def test_rooms_are_found_by_node(monkeypatch):
     monkeypatch.setattr(dispatch, "nodes", lambda: nodes)
     assert dispatch.slots({"CPU": 1.0}) == 6
     assert dispatch.find_room({"CPU": 1.0}) == Room(device="cpu", memory=GIB)
+    monkeypatch.setattr(dispatch, "nodes", lambda: [{"CPU": 2.0}])  # says nothing of its memory
+    assert dispatch.find_room({"CPU": 1.0}).memory == pytest.approx(available_memory() / 2, rel=0.2)
     here = Room.here(workers=4, gpus=0)
     assert here.device == "cpu"
     assert here.memory == pytest.approx(available_memory() / 4, rel=0.2)
@@ -120,6 +138,28 @@ def test_the_dry_run_tells_sizes_and_reasons(capsys, tmp_path, monkeypatch):
     told = capsys.readouterr().out
     assert "--pack-size" in told
     assert "a worker takes 0.5 GB before that, and has" in told
+
+
+@pytest.mark.parametrize("seen", [Room(device="cuda", memory=GIB), Room(device="cpu", memory=7)])
+def test_gpus_are_asked_for_their_free_memory(monkeypatch, seen):
+    asked = []
+
+    def remote(**options):
+        asked.append(options)
+        return lambda work: SimpleNamespace(remote=lambda gpus: seen)
+
+    monkeypatch.setattr(dispatch, "nodes", lambda: [{"CPU": 4.0, "GPU": 1.0, "memory": 4.0 * GIB}])
+    monkeypatch.setattr(dispatch, "ray", SimpleNamespace(remote=remote, get=lambda value: value))
+    found = dispatch.find_room({"CPU": 1.0, "GPU": 0.25})
+    assert asked[0]["num_gpus"] == 0.25
+    assert found == (seen if seen.device == "cuda" else Room(device="cpu", memory=GIB))  # a GPU in name only
+
+
+def test_tf32_needs_a_gpu():
+    config = dataclasses.replace(CONFIG, train=TrainConfig(precision="tf32"))
+    require_computable(config, "cuda")
+    with pytest.raises(ValueError, match=r"train.precision: 'tf32' .* where packs have no GPU"):
+        require_computable(config, "cpu")
 
 
 def test_by_seed_members_see_the_same_rows_at_every_width():

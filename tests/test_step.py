@@ -704,3 +704,14 @@ def test_a_member_is_frozen_by_its_loss_or_gradient_and_stays_so(optimizer, clip
     assert torch.isfinite(pack.state.square).all()
     assert pack.state.loss_sum[:2].tolist() == [2.0, DIVERGED_LOSS + 1]
     assert torch.isnan(pack.take_loss()[2:]).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, None])
+def test_parts_that_take_several_steps_in_turn_end_where_single_steps_do(chunk):
+    single, several = (trainer(NOISED, TRAIN, range(5), MODEL, chunk=chunk) for _ in range(2))
+    for _ in range(12):
+        single.advance()
+    for steps in (5, 1, 4, 2):
+        several.advance(steps)
+    assert single.state.step == several.state.step == int(several.clock) == 12
+    assert_equal(several.state, single.state)

@@ -135,16 +135,45 @@ def test_three_failures_at_the_same_step_give_up_with_the_cause(worker, monkeypa
     monkeypatch.undo()
 
 
-def test_failures_count_at_one_step_and_within_one_driver(tmp_path):
+def begin(attempts, *progress):
+    """Starts with this much on record, each of which dies without a word; the last one's answer."""
+    return [attempts.begin(steps) for steps in progress][-1]
+
+
+def test_failures_without_progress_count_and_within_one_driver(tmp_path):
     files = FolderStore(tmp_path)
-    attempts = Attempts(files, PACK)
-    for step in (0, 0, 5, 5, 5, 0):
-        assert attempts.begin(step) is None
-    assert "failed 3 times from step 5: the worker died" in attempts.begin(5)
+    attempts, error = Attempts(files, PACK), RuntimeError("bad weather")
+    for progress in (0, 0, 6, 6, 8, 8):
+        assert attempts.begin(progress) is None
+        attempts.note(error)
+    assert attempts.begin(8) is None
+    attempts.note(error)
+    assert "failed 3 times from step 4: RuntimeError: bad weather" in attempts.begin(8)
     for _ in range(3):
-        Attempts(files, PACK).begin(0)
+        Attempts(files, PACK).note(error)
     forget_attempts(files)
     assert Attempts(files, PACK).begin(0) is None
+
+
+def test_workers_that_die_leave_ever_more_pieces_until_members_are_alone(tmp_path):
+    attempts = Attempts(FolderStore(tmp_path), dataclasses.replace(PACK, members=MEMBERS * 2))
+    found = []
+    for progress in (0, 0, 0, 500, 500):  # more is on record at the fourth start: the death before it is forgiven
+        assert attempts.begin(progress) is None
+        found.append(attempts.pieces)
+    assert found == [1, 2, 4, 4, 6]
+    assert begin(attempts, 500, 500) is None
+    assert attempts.pieces == 6
+    assert "failed 3 times from step 83: the worker died" in attempts.begin(500)
+
+
+def test_a_failure_before_the_start_is_no_death(tmp_path):
+    attempts = Attempts(FolderStore(tmp_path), PACK)
+    attempts.note(OSError("the store hiccups"))
+    assert begin(attempts, 0) is None
+    assert attempts.pieces == 1
+    assert begin(attempts, 0) is None
+    assert attempts.pieces == 2
 
 
 def test_a_pack_short_of_memory_goes_on_in_halves_and_says_so(worker, monkeypatch):

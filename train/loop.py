@@ -32,7 +32,7 @@ PER_MEMBER = ("learning_rate", "weight_decay", "clip")
 RESULTS_VERSION = 2  # raised when a fix changes numbers
 WARM = 3  # steps on a GPU before one is recorded: libraries choose their kernels and work space in them
 CACHE = 32 << 20  # bytes of activations that a part may keep on a CPU, and
-AT_ONCE = 32  # members: both measured (tests/bench/steps.py), the speed of a step is flat around them
+MEMBERS_AT_ONCE = 32  # members: both measured (tests/bench/steps.py), the speed of a step is flat around them
 AHEAD = 1 << 18  # row numbers worked out at once: enough to spread the cost of many tiny operations over steps
 
 
@@ -50,21 +50,23 @@ def shape_of(train: TrainConfig) -> TrainConfig:
 
 
 def fitting(system: System, rows: Rows, model: ModelConfig, train: TrainConfig, examples: int | None = None) -> int:
-    """How many members should pass that many examples at once (None: a batch) on the device of the rows: at least 1.
+    """How many members should pass that many examples at once (None: a batch) on the device of the rows.
 
-    A CPU is fastest while what they keep for the backward pass stays near its cache; a GPU while half of its free
-    memory holds it.
+    A CPU is fastest while what they keep for the backward pass stays near its cache, and with at least 2; a GPU while
+    half of its free memory holds it.
     """
     each = (examples or train.batch_size) * example_bytes(system, rows, model, train)
     if rows.device.type == "cuda":
         return max(1, free_memory(rows.device) // 2 // each)
-    return min(AT_ONCE, max(1, CACHE // each))
+    return min(MEMBERS_AT_ONCE, max(2, CACHE // each))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that nobody holds, or that torch holds for nothing."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    """Bytes of a GPU that this process may still take: what nobody holds, within the share that it has been given."""
+    held, (free, total) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - held
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free + unused, share - held))
 
 
 def example_bytes(system: System, rows: Rows, model: ModelConfig, train: TrainConfig) -> int:
@@ -72,11 +74,10 @@ def example_bytes(system: System, rows: Rows, model: ModelConfig, train: TrainCo
     return activations(model, *tokens_and_keys(system, rows)) * train.dtype.itemsize
 
 
-def tokens_and_keys(system: System, rows: Rows) -> tuple[int, int]:
-    """N and K of the system's batches."""
+def tokens_and_keys(system: System, rows: Rows) -> tuple[int, int | None]:
+    """N and K of the system's batches, K None where all tokens see all."""
     example = system.draw(rows.take(slice(0, 1)), Generator.of("example", device=rows.device))
-    tokens = example.inputs.shape[-2]
-    return tokens, tokens if example.keys is None else example.keys.shape[-1]
+    return example.inputs.shape[-2], None if example.keys is None else example.keys.shape[-1]
 
 
 def even_cuts(count: int, most: int) -> list[slice]:
@@ -191,18 +192,30 @@ class Trainer:
         self.state.loss_count.zero_()
         return mean
 
-    def advance(self) -> None:
-        """One optimiser step of every member that has not diverged."""
-        index, keys = self.schedule.at(self.state.step)
-        if self.device.type != "cuda":
-            self._take(index, keys)
-        elif self._recorded is None and self.state.step < self._first + WARM:
-            aside(functools.partial(self._take, index, keys))
+    def advance(self, steps: int = 1) -> None:
+        """So many optimiser steps of every member that has not diverged.
+
+        On a CPU a part takes all of them before the next part's turn: its weights and moments then stay in the cache.
+        """
+        if self.device.type == "cuda":
+            for step in range(self.state.step, self.state.step + steps):
+                self._take_on_gpu(step)
         else:
-            if self._recorded is None:
-                self._recorded = Recording(self._take, index, keys)
-            self._recorded.replay(index, keys)
-        self.state.step += 1
+            drawn = [self.schedule.at(self.state.step + step) for step in range(steps)]
+            for cut, part in zip(self.cuts, self.parts, strict=True):
+                for step, (index, keys) in enumerate(drawn):
+                    part.take(self.clock + step, index[cut], Generator(keys[cut]))
+            self.clock.add_(steps)
+        self.state.step += steps
+
+    def _take_on_gpu(self, step: int) -> None:
+        index, keys = self.schedule.at(step)
+        if self._recorded is None and step < self._first + WARM:
+            aside(functools.partial(self._take, index, keys))
+            return
+        if self._recorded is None:
+            self._recorded = Recording(self._take, index, keys)
+        self._recorded.replay(index, keys)
 
     def _take(self, index: Tensor, keys: Tensor) -> None:
         """A step of all parts; all that it reads of time is on the device."""

@@ -294,13 +294,15 @@ def forward(parameters: Parameters, config: ModelConfig, batch: Batch) -> Tensor
     return unembed(parameters, x)
 
 
-def activations(config: ModelConfig, tokens: int, keys: int) -> int:
+def activations(config: ModelConfig, tokens: int, keys: int | None) -> int:
     """Numbers that one member keeps of one example for the backward pass, about.
 
     Per token and layer: the stream, its norm and the scaled norm, twice; queries, keys, values and what is read; the
-    hidden layer before and after its nonlinearity; the pattern.
+    hidden layer before and after its nonlinearity; the pattern; with lists of keys, keys and values gathered by them.
     """
-    per_token = (10 + 2 * config.feedforward) * config.width + config.n_heads * keys
+    per_token = (10 + 2 * config.feedforward) * config.width + config.n_heads * (keys or tokens)
+    if keys is not None:
+        per_token += 2 * keys * config.width
     return tokens * config.layers * per_token
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -27,10 +28,18 @@ class Recording:
         self.graph.replay()
 
 
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all, as the memory that a stream has used stays its own."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def aside(work: Callable[[], None]) -> None:
     """Run on a side stream, as torch asks of what will be recorded afterwards."""
-    stream, here = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+    here, stream = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
     stream.wait_stream(here)
-    with torch.cuda.stream(stream):
-        work()
-    here.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            work()
+    finally:
+        here.wait_stream(stream)

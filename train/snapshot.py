@@ -14,7 +14,7 @@ from sim.system import Batch, System
 from train.config import ModelConfig
 from train.model import HeadEdit, Reading, embed, finish_layer, forward, layer, look, unembed
 
-AT_ONCE = 64  # examples that are predicted together: many more fall out of a CPU's cache
+EXAMPLES_AT_ONCE = 64  # in a prediction: many more fall out of a CPU's cache
 
 
 class Intervention(Protocol):
@@ -35,8 +35,8 @@ class Intervention(Protocol):
 
 def split(batch: Batch) -> Iterator[Batch]:
     """The examples of a batch, a few at a time, without their geometry."""
-    for start in range(0, batch.inputs.shape[-3], AT_ONCE):
-        cut = (..., slice(start, start + AT_ONCE), slice(None), slice(None))
+    for start in range(0, batch.inputs.shape[-3], EXAMPLES_AT_ONCE):
+        cut = (..., slice(start, start + EXAMPLES_AT_ONCE), slice(None), slice(None))
         yield Batch(
             inputs=batch.inputs[cut],
             targets=batch.targets[cut],

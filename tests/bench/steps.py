@@ -20,6 +20,7 @@ from torch.autograd import DeviceType
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from cluster.pack import STRIDE
 from sim.generator import Generator
 from sim.particles import ParticleSystem
 from sim.pool import Pool
@@ -254,12 +255,13 @@ class Bench:
         """One row: member-steps a second of both, how many times more the pack makes, and what bounds its step."""
         size, options = len(trainer.state.weights), self.options
         plain = plain_step(model, self.rows, self.system, batch)
-        found = compare(plain, trainer.advance, options.rounds, options.seconds)
-        step = found.b.median
+        turn = STRIDE if len(trainer.parts) > 1 else 1  # as `run_pack` does: parts take turns after so many steps
+        found = compare(plain, lambda: trainer.advance(turn), options.rounds, options.seconds)
+        step = found.b.median / turn
         self.each[batch] = step / size
-        low, high = (size * value for value in found.quartiles)
+        low, high = (turn * size * value for value in found.quartiles)
         row: dict[str, object] = {
-            "ratio": size * found.ratio,
+            "ratio": turn * size * found.ratio,
             "quartiles": span(low, high),
             "pack member-steps/s": size / step,
             "plain member-steps/s": 1 / found.a.median,
@@ -267,12 +269,12 @@ class Bench:
             "step ms": 1e3 * step,
         }
         row |= {f"step / {name}": step / least for name, least in bounds(trainer, self.rates).items()}
-        return row | raw(found.a, found.b)
+        return row | raw(found.a, found.b, turn)
 
 
-def raw(plain: Timing, packed: Timing) -> dict[str, object]:
-    """Single bursts, for the JSON file."""
-    return {"seconds plain": plain.bursts, "seconds pack": packed.bursts}
+def raw(plain: Timing, packed: Timing, turn: int) -> dict[str, object]:
+    """Seconds of a step in single bursts, for the JSON file."""
+    return {"seconds plain": plain.bursts, "seconds pack": tuple(burst / turn for burst in packed.bursts)}
 
 
 def closest_bounds(rows: Sequence[Row]) -> str | None:
