@@ -27,6 +27,7 @@ from cluster.store import FolderStore
 from cluster.sweep import Member, MemberConfig, Pack, packs, part_sizes, validate, versions
 from probes import PROBES
 from probes.probe import Measurement, Probe, ProbeBatch
+from sim.checks import require
 from sim.generator import Generator
 from sim.pool import Pool
 from sim.system import Batch, Rows, System
@@ -362,6 +363,18 @@ def make_pool(config: MemberConfig, device: str = "cpu") -> Pool:
     return pool.to(device, config.train.dtype)
 
 
+def take_device(name: str) -> str:
+    """The kind of the device `cpu`, `cuda` or `cuda:N`, which becomes the current one; ValueError for any other."""
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = name == "cpu" or (kind == "cuda" and int(index if index.isdecimal() else "0") < count)
+    allowed = "cpu" + "".join(f", cuda:{n}" for n in range(count))
+    require(known and (index == "" or index.isdecimal()), "--device", name, f"one of {allowed}")
+    if kind == "cuda" and index:
+        torch.cuda.set_device(int(index))
+    return kind
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m cluster.pack`."""
     from cluster.recipes import load_sweep
@@ -378,17 +391,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweep = load_sweep(options.sweep)
         if options.steps is not None:
             sweep = replace(sweep, train=replace(sweep.train, steps=options.steps))
-        gpus = 0.0 if options.device == "cpu" else 1.0
-        todo = packs(validate(sweep), workers=1, size=options.size, most=Room.here(gpus=gpus).most)
+        room = Room.here(gpus=0.0 if take_device(options.device) == "cpu" else 1.0)
+        todo = packs(validate(sweep), workers=1, size=options.size, most=room.most)
         for pack in todo:
-            require_computable(pack.config, "cpu" if options.device == "cpu" else "cuda")
+            require_computable(pack.config, room.device)
         if options.only is not None and not 0 <= options.only < len(todo):
             raise ValueError(f"--only: {options.only} is not allowed; it must be in 0..{len(todo) - 1}")
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
-    if options.device != "cpu":
-        torch.cuda.set_device(options.device)
     sink = FolderSink(options.out)
     chosen = todo if options.only is None else todo[options.only : options.only + 1]
     missing = [replace(p, members=tuple(m for m in p.members if not sink.done(m.id))) for p in chosen]

@@ -280,7 +280,13 @@ def test_the_bare_command_skips_what_is_done_and_refuses_nonsense(tmp_path, caps
     calls.clear()
     main(["tiny", "--out", str(tmp_path), "--device", "cpu", "--size", "1"])
     assert len(calls) == 3
-    for arguments, message in ((["tyny"], "did you mean 'tiny'"), (["tiny", "--only", "9"], "must be in 0..")):
+    for arguments, message in (
+        (["tyny"], "did you mean 'tiny'"),
+        (["tiny", "--only", "9"], "must be in 0.."),
+        (["tiny", "--device", "cuda:99"], "--device: 'cuda:99'"),
+        (["tiny", "--device", "tpu"], "one of cpu"),
+        (["tiny", "--device", "cuda:-1"], "--device: 'cuda:-1'"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main([*arguments, "--out", str(tmp_path)])
         assert ended.value.code == 2
