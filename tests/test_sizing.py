@@ -9,7 +9,7 @@ import torch
 from cluster import dispatch
 from cluster.cli import main
 from cluster.pack import PackRun, build_probes, make_pool
-from cluster.plan import Plan, on_trial
+from cluster.plan import Plan
 from cluster.sizing import (
     MOST,
     SAFE,
@@ -20,7 +20,7 @@ from cluster.sizing import (
     pack_bytes,
     require_computable,
 )
-from cluster.sweep import DataConfig, Pack, Sweep, packs, validate
+from cluster.sweep import DataConfig, Sweep, packs, validate
 from sim.pool import Pool
 from sim.system import Batch
 from tests.test_pack import MEMBERS, Memory
@@ -60,7 +60,7 @@ def kept_bytes(trainer, batch):
 def test_activations_are_estimated_to_a_quarter(model, batch_size, precision):
     train = TrainConfig(batch_size=batch_size, precision=precision)
     config = dataclasses.replace(CONFIG, model=model, train=train, data=DataConfig(rows=64))
-    rows = make_pool(on_trial(Pack(members=(dataclasses.replace(MEMBERS[0], config=config),))).config).parts["train"]
+    rows = Pool.make(config.system, 0, {"train": 64}).to("cpu", train.dtype).parts["train"]
     trainer = Trainer(config.system, rows, model, [train] * 3, [1, 2, 3], chunk=3)
     batch = config.system.draw(rows.take(torch.zeros(3, batch_size, dtype=torch.int64)), None)
     batch = Batch(inputs=batch.inputs, targets=batch.targets)
