@@ -351,7 +351,7 @@ def pools(members: Sequence[Pack], device: str) -> Iterator[tuple[Pack, Pool]]:
     made_for: object = None
     for pack in members:
         config = pack.config
-        wanted = (config.system, config.data, part_sizes(config), config.train.precision)
+        wanted = (config.system, config.data, part_sizes(config), config.train.dtype)
         if pool is None or wanted != made_for:
             pool, made_for = make_pool(config, device), wanted
         yield pack, pool

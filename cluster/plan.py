@@ -102,7 +102,7 @@ def on_trial(pack: Pack) -> Pack:
     return Pack(members=tuple(map(shrink, pack.members)))
 
 
-class _Nowhere:
+class Nowhere:
     """A sink that keeps nothing."""
 
     def restore(self, pack: Pack) -> None:
@@ -123,7 +123,7 @@ class _Nowhere:
 
 def measure(pack: Pack, pool: Pool, room: Room) -> PackCost:
     """Cost of a pack from a few steps. The sizes of tables follow from their shapes."""
-    run = PackRun(pack, pool, build_probes(pack.config, pool), _Nowhere())
+    run = PackRun(pack, pool, build_probes(pack.config, pool), Nowhere())
     for _ in range(WARM):
         run.trainer.advance()
     start = time.perf_counter()

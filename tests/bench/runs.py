@@ -7,31 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.pack import PackRun, build_probes, to_numpy
+from cluster.plan import Nowhere
 from cluster.sweep import Pack
 from probes.probe import Measurement, Probe
 from sim.pool import Pool
 from tests.bench.measure import Call
 
 GROUPS = {"every": "scores", "sparse": "sparse probes", "checkpoints": "probes at checkpoints"}
-
-
-class Nowhere:
-    """A sink that keeps nothing."""
-
-    def restore(self, pack: Pack) -> None:
-        """Start afresh."""
-
-    def progress(self, *ignored: object) -> None:
-        """Nothing."""
-
-    def note(self, *ignored: object) -> None:
-        """Nothing."""
-
-    def save(self, *ignored: object) -> None:
-        """Nothing."""
-
-    def finish(self, *ignored: object) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

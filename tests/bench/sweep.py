@@ -21,11 +21,12 @@ import numpy as np
 
 from cluster.driver import Settings, run_sweep
 from cluster.pack import PackRun, build_probes, make_pool
+from cluster.plan import Nowhere
 from cluster.sweep import DataConfig, Pack, ProbeConfig, Sweep, validate
 from probes.probe import Probe
 from sim.pool import Pool
 from tests.bench.measure import Row, one_thread, short, write
-from tests.bench.runs import Nowhere, parts
+from tests.bench.runs import parts
 from train.config import ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
