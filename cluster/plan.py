@@ -167,7 +167,8 @@ def artifact_bytes(config: MemberConfig, run: PackRun) -> int:
 def describe(config: MemberConfig) -> str:
     """One line on what is trained."""
     model, train = config.model, config.train
+    arithmetic = train.precision + (", compiled" if train.compiled else "")
     return (
         f"{system_name(config.system)}; {model.layers} layers x {model.n_heads} heads, {train.steps:,} steps of "
-        f"{train.batch_size} at {train.learning_rate:g} ({train.optimizer}, {train.precision})"
+        f"{train.batch_size} at {train.learning_rate:g} ({train.optimizer}, {arithmetic})"
     )

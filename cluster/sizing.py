@@ -14,6 +14,7 @@ from cluster.sweep import MemberConfig, part_sizes
 from probes import PROBES
 from sim.checks import require
 from sim.generator import Generator
+from sim.integrator import can_compile
 from sim.system import Rows, System
 from train.loop import CACHE, MEMBERS_AT_ONCE, free_memory, tokens_and_keys
 from train.model import activations, count_parameters, tensor_specs
@@ -71,6 +72,8 @@ def require_computable(config: MemberConfig, device: Device) -> None:
     """Raise ValueError where the device does not know the arithmetic that the config names."""
     only = "float32, float64 or bf16 where packs have no GPU"
     require(device == "cuda" or config.train.precision != "tf32", "train.precision", config.train.precision, only)
+    compiles = not config.train.compiled or can_compile(torch.device(device))
+    require(compiles, "train.compiled", True, "False where there is no C++ compiler (g++, clang++ or that of CXX)")
 
 
 def pack_bytes(config: MemberConfig, members: int, device: Device = "cpu") -> int:

@@ -162,6 +162,14 @@ def test_tf32_needs_a_gpu():
         require_computable(config, "cpu")
 
 
+def test_compiled_training_needs_a_compiler(monkeypatch):
+    config = dataclasses.replace(CONFIG, train=TrainConfig(compiled=True))
+    monkeypatch.setattr("cluster.sizing.can_compile", lambda device: device.type == "cuda")
+    require_computable(config, "cuda")
+    with pytest.raises(ValueError, match=r"train.compiled: True .* no C\+\+ compiler"):
+        require_computable(config, "cpu")
+
+
 def test_by_seed_members_see_the_same_rows_at_every_width():
     sweep = Sweep(name="s", widths=(8, 16), seeds=2, model=ModelConfig(heads=2), train=TrainConfig(batch_size=4))
     for order, paired in (("member", False), ("seed", True)):

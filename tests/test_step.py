@@ -327,6 +327,26 @@ def test_parts_of_any_size_give_the_same_numbers(system, train, model):
         assert_equal(pack.state, whole)
 
 
+@pytest.mark.parametrize("train", [TRAIN, dataclasses.replace(DOUBLE, warmup=4)], ids=["float32", "float64"])
+def test_long_members_are_updated_one_by_one_to_the_same_end(train, monkeypatch):
+    together = state_after(8, NOISED, various(train), range(7), NARROW)
+    monkeypatch.setattr("train.step.LONG_ROW", 1)
+    single = state_after(8, NOISED, various(train), range(7), NARROW)
+    torch.testing.assert_close(single.weights, together.weights, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(single.weights, together.weights), "the same way was taken"
+    for chunk in (1, 3):
+        pack = trainer(NOISED, various(train), range(7), NARROW, chunk=chunk)
+        assert pack.parts[0].by_rows
+        list(pack.run([5]))
+        again = trainer(NOISED, various(train), range(7), NARROW, state=pack.state.take(range(7)))
+        list(again.run([8]))
+        assert_equal(again.state, single)
+    wild = [dataclasses.replace(each, learning_rate=1e30) if i == 3 else each for i, each in enumerate(various(train))]
+    exploded = state_after(8, NOISED, wild, range(7), NARROW)
+    assert (exploded.diverged >= 0).tolist() == [i == 3 for i in range(7)]
+    assert_equal(exploded, single, [i for i in range(7) if i != 3])
+
+
 @pytest.mark.parametrize("place", [0, 3, 6])
 def test_a_member_that_explodes_touches_no_other_whatever_part_it_is_in(place):
     calm = various(SGD)

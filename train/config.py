@@ -110,6 +110,9 @@ class TrainConfig:
     precision: Precision = "float32"
     """float32, float64: of parameters, data and every product. tf32, bf16: as float32, but products while training see
     operands rounded to 11 or 8 bits (tf32 on a GPU only; bf16 also between layers); probes measure in float32."""
+    compiled: bool = False
+    """Train through kernels of `torch.compile`: faster steps after some 20 s once for each shape of pack and worker;
+    needs a C++ compiler where packs have no GPU. Numbers differ from eager ones by rounding."""
 
     def __post_init__(self) -> None:
         require_finite(self)

@@ -255,7 +255,7 @@ def look(parameters: Parameters, config: ModelConfig, index: int, x: Tensor, bat
 
 def _read(parameters: Parameters, config: ModelConfig, index: int, x: Tensor, batch: Batch) -> Tensor:
     """What the heads of a layer read, `[S, B, N, H d]`."""
-    if batch.keys is not None:
+    if batch.keys is not None or torch.compiler.is_compiling():  # a compiler takes what is spelt out
         return look(parameters, config, index, x, batch).merged()
     visible = visible_keys(batch)
     hidden = None if visible is None else ~visible.unsqueeze(-3)

@@ -6,17 +6,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
 from sim.generator import Generator
-from sim.system import Rows, System
+from sim.system import Batch, Rows, System
+from train.compiled import compiled_forward
 from train.config import ModelConfig, Precision, TrainConfig
-from train.model import TensorSpec, forward
+from train.model import Parameters, TensorSpec, forward
 from train.state import State, unflatten
 
+LONG_ROW = 1 << 16  # parameters from which on a CPU takes members' updates one by one, with fewer passes over memory
 DIVERGED_LOSS = 1e6  # a member above this is frozen, as is one whose loss or gradient is not finite
 
 
@@ -45,6 +48,12 @@ class Task:
     specs: Mapping[str, TensorSpec]
     rate: Tensor | None
 
+    def predict(self, parameters: Parameters, batch: Batch) -> Tensor:
+        """Predictions `[S, B, N, d_out]` of all members."""
+        if self.train.compiled:
+            return compiled_forward(self.model, parameters, batch)
+        return forward(parameters, self.model, batch)
+
 
 class Part:
     """A few members of a pack: one optimiser step of them all, in place on their rows of the pack's state."""
@@ -57,10 +66,12 @@ class Part:
         self.decays, self.clips = bool(self.decay.any()), bool(self.clip.isfinite().any())
         weights = self.state.weights
         self.parameters = {name: view.requires_grad_() for name, view in unflatten(weights, task.specs).items()}
-        self.gradient, self.direction = torch.zeros_like(weights), torch.zeros_like(weights)
+        self.gradient = torch.zeros_like(weights)
         self.gradients = list(unflatten(self.gradient, task.specs).values())
         self.frozen = bool((state.diverged >= 0).any())
-        self.count = torch.tensor(float(state.step), device=weights.device)
+        self.by_rows = weights.device.type == "cpu" and task.rate is None and weights.shape[1] >= LONG_ROW
+        self.direction = weights.new_zeros(0 if self.by_rows else len(weights), weights.shape[1])
+        self.counts = torch.full((len(weights) if self.by_rows else 1,), float(state.step), device=weights.device)
 
     def _column(self, values: Sequence[float]) -> Tensor:
         weights = self.state.weights
@@ -74,7 +85,7 @@ class Part:
         task = self.task
         batch = task.system.draw(task.rows.take(index), noise)
         with arithmetic(task.train.precision, index.device):
-            loss = task.system.loss(forward(self.parameters, task.model, batch), batch).mean(-1)
+            loss = task.system.loss(task.predict(self.parameters, batch), batch).mean(-1)
             found = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
         with torch.no_grad():
             torch._foreach_copy_(self.gradients, found)
@@ -102,17 +113,24 @@ class Part:
             state.weights.mul_(1 - rate * self.decay)
         if self.task.rate is not None:
             rate = rate * self.task.rate
-        state.weights.addcmul_(self._downhill(), rate)
+        if self.task.train.optimizer == "sgd":
+            state.weights.addcmul_(gradient, rate, value=-1)
+        elif self.by_rows:
+            for row, lr in enumerate(rate.flatten().tolist()):
+                self._adam(state.weights[row], row, lr)
+        else:  # at rate 1 the direction is left in a buffer of zeros
+            self._adam(self.direction.zero_(), ..., 1.0)
+            state.weights.addcmul_(self.direction, rate)
 
-    def _downhill(self) -> Tensor:
-        """The step `[S, P]` for unit rate: minus the gradient, or Adam's (Kingma and Ba 2015, algorithm 1)."""
+    def _adam(self, weights: Tensor, row: int | EllipsisType, lr: float) -> None:
+        """Add the step of Adam (Kingma and Ba 2015, algorithm 1) of one member, or of all, to `weights`.
+
+        The fused kernel knows one rate for all.
+        """
         train, state = self.task.train, self.state
-        if train.optimizer == "sgd":
-            return self.gradient.neg_()
-        # The fused kernel knows one rate for all: at rate 1 it leaves the direction in a buffer of zeros.
+        count = self.counts[0 if row is ... else row]
         adam(
-            [self.direction.zero_()], [self.gradient], [state.mean], [state.square], [], [self.count],
-            beta1=train.beta1, beta2=train.beta2, eps=train.epsilon, lr=1.0, weight_decay=0.0,
+            [weights], [self.gradient[row]], [state.mean[row]], [state.square[row]], [], [count],
+            beta1=train.beta1, beta2=train.beta2, eps=train.epsilon, lr=lr, weight_decay=0.0,
             amsgrad=False, maximize=False, fused=True,
         )  # fmt: skip
-        return self.direction

@@ -63,9 +63,11 @@ def plain_step(model: ModelConfig, rows: Rows, system: ParticleSystem, batch_siz
     return step
 
 
-def pack(system: ParticleSystem, rows: Rows, model: ModelConfig, batch: int, size: int, state: State | None) -> Trainer:
+def pack(
+    system: ParticleSystem, rows: Rows, model: ModelConfig, train: TrainConfig, size: int, state: State | None
+) -> Trainer:
     """A pack of `size` members past its first steps; it goes on from `state`, if given."""
-    trainer = Trainer(system, rows, model, [TrainConfig(batch_size=batch)] * size, list(range(size)), state=state)
+    trainer = Trainer(system, rows, model, [train] * size, list(range(size)), state=state)
     for _ in range(WARM_UP):
         trainer.advance()
     synchronise()
@@ -191,6 +193,10 @@ class Bench:
         self.rates = measured_rates(self.device)
         self.each: dict[int, float] = {}  # seconds a member-step by batch size, of the last size measured
 
+    def train(self, batch: int) -> TrainConfig:
+        """How members are trained."""
+        return TrainConfig(batch_size=batch, compiled=self.options.compiled)
+
     def run(self) -> Iterator[dict[str, object]]:
         """Rows of the table."""
         for width in self.options.widths:
@@ -208,7 +214,7 @@ class Bench:
                 yield place | {"left out": reason}
                 continue
             try:
-                trainer = pack(self.system, self.rows, model, batch, size, state)
+                trainer = pack(self.system, self.rows, model, self.train(batch), size, state)
                 state = trainer.state
                 yield place | self.cell(model, batch, trainer)
             except torch.OutOfMemoryError:
@@ -231,7 +237,8 @@ class Bench:
             width, batch, chunks, step = (row[key] for key in ("width", "batch", "chunks", "step ms"))
             if (width, batch) not in counted:
                 model = ModelConfig(width=int(str(width)), layers=2, heads=4)
-                few = pack(self.system, self.rows, model, int(str(batch)), min(COUNTED, max(self.options.sizes)), None)
+                train, size = self.train(int(str(batch))), min(COUNTED, max(self.options.sizes))
+                few = pack(self.system, self.rows, model, train, size, None)
                 counted[width, batch] = kernels(few) // len(few.cuts)
                 del few
                 release()
@@ -241,7 +248,7 @@ class Bench:
     def reason_to_skip(self, model: ModelConfig, batch: int, size: int) -> str | None:
         """Why a pack is not measured: one step takes too long, going by what a member takes, or memory is short."""
         if batch not in self.each:
-            one = pack(self.system, self.rows, model, batch, 1, None)
+            one = pack(self.system, self.rows, model, self.train(batch), 1, None)
             self.each[batch] = burst(one.advance, 3)
             self.numbers = one.state.weights.shape[1]
             del one
@@ -324,7 +331,7 @@ def profiled(bench: Bench) -> str:
     options = bench.options
     width, batch, size = (values[(len(values) - 1) // 2] for values in (options.widths, options.batches, options.sizes))
     model = ModelConfig(width=width, layers=2, heads=4)
-    return shares_text(pack(bench.system, bench.rows, model, batch, size, None), model, batch, 10)
+    return shares_text(pack(bench.system, bench.rows, model, bench.train(batch), size, None), model, batch, 10)
 
 
 def main() -> None:
@@ -334,6 +341,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024], help="members a pack")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--compiled", action="store_true", help="train packs through compiled kernels")
     parser.add_argument("--seconds", type=float, default=0.3, help="length of a burst")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of bursts")
     parser.add_argument("--longest", type=float, default=3.0, help="leave out steps that take longer, in seconds")
@@ -346,7 +354,12 @@ def main() -> None:
         shown = {key: value for key, value in row.items() if not isinstance(value, tuple)}
         print(f"[{time.perf_counter() - start:.0f} s]", shown, flush=True)
     bench.add_launches(rows)
-    write("steps", rows, [*notes(bench, rows), profiled(bench)], bench.device)
+    write(
+        "steps-compiled" if bench.options.compiled else "steps",
+        rows,
+        [*notes(bench, rows), profiled(bench)],
+        bench.device,
+    )
 
 
 if __name__ == "__main__":
