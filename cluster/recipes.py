@@ -25,6 +25,22 @@ def quick() -> Sweep:
     )
 
 
+def width() -> Sweep:
+    """Whether and when heads emerge against width: four widths, three rates, standard and mup, eight seeds each.
+
+    A wider net at one Adam rate simply moves faster under `standard`, so a law of width is read at every rate, at each
+    width's best rate and under maximal-update rules. About 50 minutes on two cores.
+    """
+    parent = quick()
+    return replace(
+        parent,
+        name="width",
+        widths=(16, 24, 40, 64),
+        seeds=8,
+        axes={"train.learning_rate": (2.5e-4, 1e-3, 4e-3), "model.parametrization": ("standard", "mup")},
+    )
+
+
 def tiny() -> Sweep:
     """Two widths x two seeds for a few dozen steps: shows in seconds that an installation works, and nothing else."""
     parent = quick()
@@ -37,7 +53,7 @@ def tiny() -> Sweep:
     )
 
 
-RECIPES: dict[str, Callable[[], Sweep]] = {recipe.__name__: recipe for recipe in (quick, tiny)}
+RECIPES: dict[str, Callable[[], Sweep]] = {recipe.__name__: recipe for recipe in (quick, width, tiny)}
 
 
 def load_sweep(source: str) -> Sweep:
