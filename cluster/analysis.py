@@ -18,6 +18,7 @@ from mlflow.entities import Metric, Run
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
+from cluster.crew import spread_out
 from cluster.encoding import decode
 from cluster.sweep import Sweep
 from cluster.tracking import Place, log_points, now_ms
@@ -284,23 +285,17 @@ MemberResult = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def _stream(place: Place, judged: str, runs: Mapping[str, Run]) -> Iterator[tuple[str, MemberResult | str]]:
-    """Results by member id as they come, or the cause why there is none; a lost actor's member is analysed again."""
+    """Results by member id as they come, or the cause why there is none, from as many actors as there are CPUs."""
+    kind: Any = ray.remote(num_cpus=1)(Analyst)
     cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
-    kind: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(Analyst)
-    actors = [kind.remote(place, judged) for _ in range(max(1, min(cpus, len(runs))))]
-    waiting, idle = list(runs), actors * 2  # two members on each actor: the next one's tables are asked for in time
-    under_way: dict[Any, tuple[str, Any]] = {}
-    while waiting or under_way:
-        while waiting and idle:
-            member, actor = waiting.pop(0), idle.pop(0)
-            under_way[actor.analyze.remote(runs[member].info.run_id)] = (member, actor)
-        ready, _ = ray.wait(list(under_way), num_returns=1)
-        member, actor = under_way.pop(ready[0])
-        idle.append(actor)
-        try:
-            yield member, ray.get(ready[0])
-        except ray.exceptions.RayError as error:
-            yield member, str(error).strip().splitlines()[-1]
+    work = spread_out(
+        lambda: kind.remote(place, judged),
+        lambda actor, member: actor.analyze.remote(runs[member].info.run_id),
+        list(runs),
+        max(1, cpus),
+    )
+    for member, found in work:
+        yield member, str(found).strip().splitlines()[-1] if isinstance(found, Exception) else found
 
 
 def save(client: MlflowClient, place: Place, analysis: Analysis) -> None:
