@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from cluster.analysis import CONFIDENCE, DETECTOR_LIFT, Analysis
 from cluster.encoding import encode
 from cluster.figures import COLOURS, Portrait, Run
 from cluster.findings import Point, evenly
+from cluster.page import Picture, Section, take_picture
 from cluster.picture import LEAST_WEIGHT, draw_box, make_scene
 from cluster.sweep import Sweep, replace_fields
 from cluster.widths import draw_widths, level_spots, t50_spots
@@ -46,27 +46,6 @@ class MemberData:
     curves: pd.DataFrame
     figures: pd.DataFrame
     weights: Mapping[str, NDArray[Any]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """A figure on the page. name: of its PNG; src: the same PNG as a data URL."""
-
-    name: str
-    caption: str
-    alt: str
-    panels: int
-    src: str
-
-
-@dataclass(kw_only=True, slots=True)
-class Section:
-    """A part of the page: a few words, then pictures, or in their place the reason why there are none."""
-
-    title: str
-    text: str
-    pictures: list[Picture] = field(default_factory=list)
-    missing: str = ""
 
 
 def write_report(
@@ -228,10 +207,7 @@ class Drawing:
 
     def picture(self, name: str, figure: Figure, caption: str, alt: str) -> Picture:
         """Write a figure, and take it into the page."""
-        path = self.folder / f"{name}.png"
-        panels = figures.save(figure, path)
-        src = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        return Picture(name=path.name, caption=caption, alt=alt, panels=panels, src=src)
+        return take_picture(self.folder, name, figure, caption, alt)
 
     @property
     def portraits(self) -> list[Portrait]:
