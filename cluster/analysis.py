@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,20 +17,27 @@ import ray
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
 from cluster.crew import spread_out
 from cluster.encoding import decode
+from cluster.intervals import log_mean_interval, mean_interval
+from cluster.laws import Law, Series, laws_of, series_of
 from cluster.sweep import Sweep
 from cluster.tracking import Place, log_points, now_ms
 from probes.ablation import matters
 from probes.attention import lift
-from probes.emergence import Status, fit_emergence, smooth
+from probes.emergence import Emergence, Status, fit_emergences, smooth
+from probes.relaxation import fit_relaxations
 
 STATUSES: tuple[str, ...] = get_args(Status)
 RISEN = ("emerged", "growing", "transient", "at_start")
+TABLES = ("heads", "members", "widths", "detectors")
 DETECTOR_LIFT = 1.5  # least lift over exchanged rows of a head that is called a detector
-CONFIDENCE = 0.9
+
+
+Rows = list[dict[str, Any]]
+MemberResult = tuple[Rows, dict[str, Any], Rows]
+"""Rows of the head table, the row of the member table, rows of the table of detectors' curves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,35 +69,62 @@ def dense(table: pd.DataFrame, probe: str) -> DenseCurve:
     )
 
 
-def analyze_heads(table: pd.DataFrame, worth: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
-    """One row per (layer, head, relation) of a member: status, timescales with intervals, lifts, and its worth."""
+def analyze_heads(table: pd.DataFrame, worth: Mapping[str, NDArray[Any]]) -> Rows:
+    """One row per (layer, head, relation) of a member: status, timescales with intervals, lifts, how it approached its
+    plateau, and its worth. Relations too rare in the probe set to say anything of them have no rows."""
     curve = dense(table, "attention")
-    score = curve.values["score"].astype(float)
-    by_uniform = along_steps(lift(curve.values["score"], curve.values["null_uniform"]))
-    by_rows = along_steps(lift(curve.values["score"], curve.values["null_rows"]))
+    score, null = curve.values["score"], curve.values["null_uniform"]
+    by_uniform = along_steps(lift(score, null))
+    by_rows = along_steps(lift(score, curve.values["null_rows"]))
+    scores, nulls = (np.moveaxis(values, 0, -1).reshape(-1, values.shape[-1], len(values)) for values in (score, null))
+    sound: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(-1))
+    places = np.array(list(np.ndindex(score.shape[1:4])))
+    kept = sound.sum(-1) >= 2
+    scores, nulls, sound, places = (
+        values[kept] for values in (scores.astype(float), nulls.astype(float), sound, places)
+    )
+    fits = fit_emergences(curve.steps, scores, nulls, sound=sound)
+    means = np.nanmean(np.where(sound[..., None], scores, np.nan), axis=1)
     rows = []
-    for layer, head, q in np.ndindex(score.shape[1:4]):
-        null = curve.values["null_uniform"][:, layer, head, q].astype(float)
-        sound = np.isfinite(score[:, layer, head, q]).all(0)
-        if sound.sum() < 2:
-            continue  # the relation is too rare in this probe set to say anything of it
-        found = fit_emergence(curve.steps, score[:, layer, head, q][:, sound].T, null[:, sound].T)
+    for (layer, head, q), found, relaxed in zip(places, fits, approach(curve.steps, means, fits), strict=True):
         lifts = by_uniform[:, layer, head, q]
         peak = int(np.argmax(lifts))
+        over_rows = by_rows[peak, layer, head, q]
         rows.append(
             {
                 "relation": curve.relations[q],
-                "layer": layer,
-                "head": head,
-                **{name: getattr(found, name) for name in found.__dataclass_fields__},
+                "layer": int(layer),
+                "head": int(head),
+                **dataclasses.asdict(found),
                 "lift_peak": lifts[peak],
                 "lift_end": lifts[-1],
-                "lift_rows_peak": by_rows[peak, layer, head, q],
-                "detector": bool(np.isfinite(found.level) and by_rows[peak, layer, head, q] > DETECTOR_LIFT),
+                "lift_rows_peak": over_rows,
+                "detector": bool(np.isfinite(found.level) and over_rows > DETECTOR_LIFT),
+                **relaxed,
                 **{name: values[layer, head] for name, values in worth.items()},
             }
         )
     return rows
+
+
+def approach(steps: NDArray[np.int64], means: NDArray[np.float64], fits: Sequence[Emergence]) -> Rows:
+    """How curves `means [n, T]` that rose and stayed approach their plateaus, from t50 to the end, as columns."""
+    stayed = [found.status in ("emerged", "growing") for found in fits]
+    windows = [(found.t50, steps[-1]) if yes else (np.nan, np.nan) for found, yes in zip(fits, stayed, strict=True)]
+    relaxations = fit_relaxations(steps, means, windows)
+    return [
+        {
+            "relaxation": found.exponent,
+            "relaxation_low": found.low,
+            "relaxation_high": found.high,
+            "relaxation_law": found.preferred if yes else "",
+            "relaxation_decades": found.decades,
+            "relaxation_t0": found.t0,
+            "relaxation_plateau": found.s_inf,
+            "relaxation_refusal": found.refusal if yes else "it did not rise and stay",
+        }
+        for found, yes in zip(relaxations, stayed, strict=True)
+    ]
 
 
 def along_steps(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -108,10 +143,9 @@ def head_worth(table: pd.DataFrame) -> dict[str, NDArray[Any]]:
     }
 
 
-def analyze_member(
-    table: pd.DataFrame, figures: pd.DataFrame, judged: str
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The head rows of a member, and its own row: the level of its best detector on the judged relation, and the ends.
+def analyze_member(table: pd.DataFrame, figures: pd.DataFrame, judged: str) -> MemberResult:
+    """The head rows of a member; its own row: the level of its best detector on the judged relation, and the ends; and
+    that head's lift over training.
 
     The best detector is the one whose lift peaks highest. Its level is NaN where the member has none.
     """
@@ -133,24 +167,17 @@ def analyze_member(
         "seconds": float(figures["wall_time"].iloc[-1] - figures["wall_time"].iloc[0]),
         **{str(name): float(value) for name, value in figure.items() if name not in ("step", "wall_time")},
     }
-    return heads, row
+    return heads, row, detector_line(table, judged, best)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of members' values and its 90% Student-t interval over members; NaN limits below two members."""
-    array = np.asarray([value for value in values if np.isfinite(value)], dtype=float)
-    if array.size == 0:
-        return math.nan, math.nan, math.nan
-    if array.size == 1:
-        return float(array[0]), math.nan, math.nan
-    reach = student.ppf((1 + CONFIDENCE) / 2, array.size - 1) * array.std(ddof=1) / math.sqrt(array.size)
-    return float(array.mean()), float(array.mean() - reach), float(array.mean() + reach)
-
-
-def log_mean_interval(times: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean of members' times and its 90% interval, Student t over members in log time."""
-    low_mid_high = mean_interval([math.log(time) for time in times if time > 0])
-    return tuple(math.exp(value) for value in low_mid_high)  # type: ignore[return-value]
+def detector_line(table: pd.DataFrame, judged: str, best: Mapping[str, Any] | None) -> Rows:
+    """Lift of the best detector by step; none where there is no detector."""
+    if best is None:
+        return []
+    curve = dense(table, "attention")
+    at = (slice(None), best["layer"], best["head"], curve.relations.index(judged))
+    lifts = along_steps(lift(curve.values["score"][at], curve.values["null_uniform"][at]))
+    return [{"step": int(step), "lift": float(value)} for step, value in zip(curve.steps, lifts, strict=True)]
 
 
 def width_table(heads: pd.DataFrame, members: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
@@ -183,11 +210,16 @@ def width_table(heads: pd.DataFrame, members: pd.DataFrame, axes: Sequence[str])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Analysis:
-    """The tables of a sweep. Members that failed or diverged are rows of `members` with a cause."""
+    """The tables of a sweep. Members that failed or diverged are rows of `members` with a cause.
+
+    detectors: lift by step of every member's best detector; laws: what holds across each series of members.
+    """
 
     heads: pd.DataFrame
     members: pd.DataFrame
     widths: pd.DataFrame
+    detectors: pd.DataFrame = field(default_factory=pd.DataFrame)
+    laws: Sequence[Law] = ()
 
 
 def read_tables(client: MlflowClient, run_id: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -204,17 +236,17 @@ class Analyst:
     def __init__(self, place: Place, judged: str) -> None:
         self.client, self.judged = MlflowClient(tracking_uri=place.uri), judged
 
-    def analyze(self, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Head rows and the member's row, which also become summary metrics of its run."""
+    def analyze(self, run_id: str) -> MemberResult:
+        """The member's rows; its own also become summary metrics of its run."""
         curves, figures = read_tables(self.client, run_id)
-        heads, row = analyze_member(curves, figures, self.judged)
+        heads, row, line = analyze_member(curves, figures, self.judged)
         time_ms = int(figures["wall_time"].iloc[-1] * 1000)  # of the run, not of now: a repeat is the same point
         names = ("level", "detectors", "risen", "heads_that_matter")
         metrics = [
             Metric(name, float(row[name]), time_ms, row["last_step"]) for name in names if np.isfinite(row[name])
         ]
         self.client.log_batch(run_id, metrics=metrics)
-        return heads, row
+        return heads, row, line
 
 
 def analyze_sweep(
@@ -227,8 +259,7 @@ def analyze_sweep(
 ) -> Analysis:
     """Tables over the counted runs by member id, by as many actors as the cluster has CPUs; artifacts of the parent."""
     finished = {member: run for member, run in runs.items() if run.info.status == "FINISHED"}
-    heads: list[dict[str, Any]] = []
-    members: list[dict[str, Any]] = []
+    heads, members, lines = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
     for done, (member, found) in enumerate(_stream(place, sweep.system.relation, finished), start=1):
         keys = member_keys(finished[member], sweep)
         if isinstance(found, str):
@@ -236,32 +267,51 @@ def analyze_sweep(
         else:
             heads += [{**keys, **head} for head in found[0]]
             members.append({**keys, "outcome": "finished", "cause": "", **found[1]})
+            lines += [{**keys, **row} for row in found[2]]
         on_member(done, len(finished))
     settled = [run for run in runs.values() if run.info.status != "FINISHED"]
     for run in [*settled, *failed]:
         outcome, cause = run.data.tags.get("outcome", "failed"), run.data.tags.get("cause", "its worker was stopped")
         members.append({**member_keys(run, sweep), "outcome": outcome, "cause": cause})
-    analysis = tabulate(heads, members, sweep.axis_names)
+    analysis = tabulate(heads, members, sweep.axis_names, lines)
+    analysis = replace(analysis, laws=find_laws(sweep, analysis))
     save(client, place, analysis)
     return analysis
 
 
-def tabulate(heads: list[dict[str, Any]], members: list[dict[str, Any]], axes: Sequence[str]) -> Analysis:
+def find_laws(sweep: Sweep, analysis: Analysis) -> list[Law]:
+    """The laws of each series, on as many CPUs as the cluster has free."""
+    task: Any = ray.remote(num_cpus=1, max_retries=3)(laws_of)
+    found: list[Law] = ray.get([task.remote(each) for each in series_of_sweep(sweep, analysis)])
+    return found
+
+
+def series_of_sweep(sweep: Sweep, analysis: Analysis) -> list[Series]:
+    """The series of a sweep; seeds are the independent units where widths share their data order, else members."""
+    cluster = "seed" if sweep.data.order == "seed" else "member_id"
+    tables = analysis.members, analysis.heads, analysis.detectors
+    return series_of(*tables, sweep.axis_names, sweep.system.relation, cluster)
+
+
+def tabulate(heads: Rows, members: Rows, axes: Sequence[str], lines: Sequence[dict[str, Any]] = ()) -> Analysis:
     """Rows as tables in a stable order, whatever order they came in."""
     order = [*axes, "seed"]
-    member_table, head_table = pd.DataFrame(members), pd.DataFrame(heads)
+    member_table, head_table, line_table = pd.DataFrame(members), pd.DataFrame(heads), pd.DataFrame(list(lines))
     for name in axes:
         if any(
             isinstance(row[name], str) for row in members
         ):  # one type a column: None or auto beside numbers are texts
-            for table in (member_table, head_table):
+            for table in (member_table, head_table, line_table):
                 table[name] = table[name].astype(str) if name in table else None
     if not member_table.empty:
         member_table = member_table.sort_values([*order, "member_id"], ignore_index=True)
+    if not line_table.empty:
+        line_table = line_table.sort_values([*order, "member_id", "step"], ignore_index=True)
     if head_table.empty:
-        return Analysis(heads=head_table, members=member_table, widths=pd.DataFrame())
+        return Analysis(heads=head_table, members=member_table, widths=pd.DataFrame(), detectors=line_table)
     head_table = head_table.sort_values([*order, "member_id", "relation", "layer", "head"], ignore_index=True)
-    return Analysis(heads=head_table, members=member_table, widths=width_table(head_table, member_table, axes))
+    widths = width_table(head_table, member_table, axes)
+    return Analysis(heads=head_table, members=member_table, widths=widths, detectors=line_table)
 
 
 def member_keys(run: Run, sweep: Sweep) -> dict[str, Any]:
@@ -281,9 +331,6 @@ def number(text: str) -> float | int | str:
     return text
 
 
-MemberResult = tuple[list[dict[str, Any]], dict[str, Any]]
-
-
 def _stream(place: Place, judged: str, runs: Mapping[str, Run]) -> Iterator[tuple[str, MemberResult | str]]:
     """Results by member id as they come, or the cause why there is none, from as many actors as there are CPUs."""
     kind: Any = ray.remote(num_cpus=1)(Analyst)
@@ -299,9 +346,9 @@ def _stream(place: Place, judged: str, runs: Mapping[str, Run]) -> Iterator[tupl
 
 
 def save(client: MlflowClient, place: Place, analysis: Analysis) -> None:
-    """`heads.parquet`, `members.parquet`, `widths.parquet`, `sweep.json` and width curves on the parent run."""
+    """`heads.parquet` and the other tables, `sweep.json` and width curves on the parent run."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("heads", "members", "widths"):
+        for name in TABLES:
             getattr(analysis, name).to_parquet(Path(folder) / f"{name}.parquet", index=False)
         (Path(folder) / "sweep.json").write_text(json.dumps(summary(analysis), indent=1))
         client.log_artifacts(place.parent, folder, "analysis")
@@ -309,8 +356,9 @@ def save(client: MlflowClient, place: Place, analysis: Analysis) -> None:
 
 
 def summary(analysis: Analysis) -> dict[str, Any]:
-    """Counts by outcome and status."""
+    """Counts by outcome and status, and the laws."""
     return {
+        "laws": list(analysis.laws),
         "members": analysis.members["outcome"].value_counts().to_dict() if len(analysis.members) else {},
         "heads": {
             str(relation): group["status"].value_counts().to_dict()
@@ -343,8 +391,9 @@ def load_analysis(client: MlflowClient, parent: str) -> Analysis:
             root = Path(client.download_artifacts(parent, "analysis", folder))
         except Exception as error:
             raise ValueError(f"sweep: run {parent} has no analysis yet; run `headway analyze` first") from error
-        tables = {name: pd.read_parquet(root / f"{name}.parquet") for name in ("heads", "members", "widths")}
-    return Analysis(**tables)
+        tables = {name: pd.read_parquet(root / f"{name}.parquet") for name in TABLES}
+        laws = json.loads((root / "sweep.json").read_text())["laws"]
+    return Analysis(**tables, laws=laws)
 
 
 def load_sweep_config(client: MlflowClient, parent: str) -> Sweep:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from cluster.analysis import CONFIDENCE, RISEN, STATUSES, Analysis
+from cluster.analysis import RISEN, STATUSES, Analysis
+from cluster.intervals import CONFIDENCE
 from cluster.sweep import Sweep
 from probes.emergence import LEVEL_LIFT
 

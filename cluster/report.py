@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from cluster import figures
 from cluster import findings as say
-from cluster.analysis import CONFIDENCE, DETECTOR_LIFT, Analysis
+from cluster.analysis import DETECTOR_LIFT, Analysis, series_of_sweep
+from cluster.claims import law_rows
 from cluster.encoding import encode
 from cluster.figures import COLOURS, Portrait, Run
 from cluster.findings import Point, evenly
+from cluster.intervals import CONFIDENCE
+from cluster.law_sections import LAW_PANELS, LawSections
 from cluster.page import Picture, Section, take_picture
 from cluster.picture import LEAST_WEIGHT, draw_box, make_scene
 from cluster.sweep import Sweep, replace_fields
@@ -29,8 +32,8 @@ from probes.ablation import LEAST_SHARE
 from probes.emergence import LEVEL_LIFT, START_LIFT
 from sim.checks import require
 
-PANELS = 24
-FIXED_PANELS = 7  # losses 1, times against width 4, box 2
+PANELS = 24 + LAW_PANELS
+FIXED_PANELS = 7 + LAW_PANELS  # losses 1, times against width 4, box 2
 MEMBERS = 12  # whose losses are drawn
 LAYERS = PANELS - FIXED_PANELS - 2
 
@@ -161,6 +164,7 @@ def render(
         drawing.box(),
         drawing.heads(layers),
         drawing.widths(),
+        *across(folder, sweep, analysis),
         drawing.distance(),
         drawing.worth(),
     ]
@@ -173,6 +177,7 @@ def render(
     )
     lines = [(point.label, say.point_line(point, relation)) for point in evenly(points, say.LINES)]
     tables = [make(sweep, analysis) for make in (say.width_rows, say.head_rows, say.member_rows, say.lost_rows)]
+    tables.insert(0, law_rows(analysis.laws))
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         system=type(sweep.system).__name__,
@@ -194,6 +199,13 @@ def render(
         least_share=LEAST_SHARE,
         confidence=CONFIDENCE,
     )
+
+
+def across(folder: Path, sweep: Sweep, analysis: Analysis) -> list[Section]:
+    """The sections on what holds across the sweep."""
+    series = {each.name: each for each in series_of_sweep(sweep, analysis)}
+    last = max((float(each.members["last_step"].max()) for each in series.values()), default=0.0)
+    return LawSections(folder=folder, laws=analysis.laws, series=series, last=last).all()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -323,7 +335,7 @@ class Drawing:
         section = Section(
             title="Level and t50 against width",
             text="Whether heads emerge, and when they do, are two questions: the strips on top answer the first, the "
-            "panels below the second. No law is fitted here.",
+            "panels below the second. Laws are fitted in the next section.",
         )
         series = list(dict.fromkeys(point.series for point in self.points))
         names = evenly(series, len(COLOURS))

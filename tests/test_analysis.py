@@ -8,13 +8,12 @@ from scipy.stats import t as student
 from cluster.analysis import (
     analyze_member,
     dense,
-    log_mean_interval,
-    mean_interval,
     number,
     tabulate,
     width_table,
 )
 from cluster.curves import Curves
+from cluster.intervals import log_mean_interval, mean_interval
 from cluster.sweep import ProbeConfig
 from probes.probe import Measurement
 
@@ -97,7 +96,7 @@ def test_planted_heads_are_told_apart():
 
 
 def test_a_members_row_has_its_best_detector_and_its_last_figures():
-    heads, row = analyze_member(*tables_of(planted_curves()), judged="collision")
+    heads, row, line = analyze_member(*tables_of(planted_curves()), judged="collision")
     best = next(head for head in heads if head["head"] == 0 and head["relation"] == "collision")
     assert (row["best_head"], row["level"], row["detectors"]) == ("0.0", best["level"], 2)
     assert row["risen"] == 3
@@ -106,6 +105,8 @@ def test_a_members_row_has_its_best_detector_and_its_last_figures():
     assert row["rare"] == 2.0
     assert row["last_step"] == 3000
     assert row["seconds"] == len(STEPS) - 1
+    assert [point["step"] for point in line] == list(STEPS)
+    assert line[-1]["lift"] == pytest.approx(best["lift_end"])
 
 
 def test_a_relation_too_rare_to_score_gives_no_rows():
@@ -113,9 +114,9 @@ def test_a_relation_too_rare_to_score_gives_no_rows():
     for values in curves.probes["attention"].values["score"]:
         values[..., 0, 1:] = np.nan  # one replicate left of "collision"
         values[..., 1, :2] = np.nan  # six left of "near"
-    heads, row = analyze_member(*tables_of(curves), judged="collision")
+    heads, row, line = analyze_member(*tables_of(curves), judged="collision")
     assert {head["relation"] for head in heads} == {"near"}
-    assert (row["detectors"], row["best_head"]) == (0, "")
+    assert (row["detectors"], row["best_head"], line) == (0, "", [])
     assert np.isnan(row["level"])
 
 

@@ -1,0 +1,231 @@
+"""The report's sections on what holds across a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.special import expit, logit
+
+from cluster import claims, law_figures
+from cluster.figures import COLOURS, Array
+from cluster.intervals import CONFIDENCE
+from cluster.law_figures import Estimate, Line, Scaled, Spread, Stairs, TailPlot
+from cluster.laws import LEVEL, T50, Law, Series, detector_curves
+from cluster.page import Section, take_picture
+
+EXPONENT = ("relaxation", "relaxation_low", "relaxation_high")
+LINES = 12  # series that are put into words
+SURVIVAL, TAILS, COLLAPSES = 6, 3, 2  # series that are drawn
+LAW_PANELS = 3 + SURVIVAL + 1 + TAILS + 2 * COLLAPSES
+
+
+def numbers(values: Sequence[Any]) -> Array:
+    """Plain numbers as an array, None as NaN."""
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LawSections:
+    """Makes the sections from laws and the members that they are about, by name; figures go into the folder."""
+
+    folder: Path
+    laws: Sequence[Law]
+    series: Mapping[str, Series]
+    last: float
+
+    def all(self) -> list[Section]:
+        """In the order of the page."""
+        return [self.widths(), self.survival(), self.relaxation(), self.tails(), self.collapse(), self.matter()]
+
+    def section(self, title: str, text: str, line: Callable[[Law], str], first: Sequence[str] = ()) -> Section:
+        """A section with a line for each series."""
+        lines = [*first, *(line(found) for found in claims.ordered(self.laws, LINES))]
+        if len(self.laws) > LINES:
+            lines.append(f"{len(self.laws) - LINES:,} further series are in sweep.json.")
+        missing = "" if self.laws else "No finished member has heads measured on the judged relation."
+        return Section(title=title, text=text, lines=lines, missing=missing)
+
+    def draw(self, section: Section, name: str, figure: Figure, caption: str, alt: str) -> None:
+        """Add a picture."""
+        section.pictures.append(take_picture(self.folder, name, figure, caption, alt))
+
+    def widths(self) -> Section:
+        """Whether and when, side by side."""
+        first = [claims.verdict(self.laws, endpoint) for endpoint in (LEVEL, T50)] if self.laws else []
+        section = self.section(
+            "Laws of width",
+            "Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, taken as "
+            "merely late, would fake a law. The level of each member's best detector is the endpoint; heads' own times "
+            "come second. A law is claimed only if it holds in every series: at every learning rate, at each width's "
+            "best one, and under every parametrization that was swept.",
+            lambda found: claims.law_line(found, LEVEL),
+            first,
+        )
+        section.lines += [claims.law_line(found, T50) for found in claims.ordered(self.laws, LINES)]
+        shown = claims.ordered(self.laws, len(COLOURS))
+        widths = sorted({width for found in shown for width in found["widths"]})
+        if len(widths) > 1:
+            caption = (
+                f"Left: share of a member's heads that rose (mean and {CONFIDENCE:.0%} interval over members; lines: "
+                "the fitted share that ever emerges). Middle: geometric mean of the level of the best detectors, with "
+                "its interval (lines: fitted laws, where there are any). Right: heads a member whose looking matters. "
+                "Series stand a little apart so that they can be told."
+            )
+            titles = ("heads that rose", "level of the best detector", "heads that matter")
+            figure = law_figures.draw_lines([line_of(found) for found in shown], widths, titles)
+            self.draw(section, "laws", figure, caption, "Share, time and heads that matter against width")
+        return section
+
+    def survival(self) -> Section:
+        """Kaplan-Meier curves of heads."""
+        section = self.section(
+            "Heads that have not emerged yet",
+            "Kaplan-Meier curves of t50 over all heads: a curve that ends on a plateau says that some heads never "
+            "emerge, one that moves to the left says that they do so earlier.",
+            claims.survival_line,
+        )
+        panels = []
+        for found in claims.ordered(self.laws, SURVIVAL):
+            curves = {float(width): curve for width, curve in found[T50]["survival"].items() if not curve["refusal"]}
+            stairs = [
+                Stairs(width, *(numbers(curve[key]) for key in ("times", "survival", "low", "high")))
+                for width, curve in curves.items()
+            ]
+            panels += [(claims.named(found), stairs)] if stairs else []
+        if panels:
+            caption = (
+                f"Steps: share of heads without half of their rise. Bands: {CONFIDENCE:.0%} intervals by a jackknife "
+                "over members, point by point. Growing heads count as not seen after their bound."
+            )
+            figure = law_figures.draw_survival(panels, self.last, "heads")
+            self.draw(section, "survival", figure, caption, "Survival curves of heads by width")
+        return section
+
+    def relaxation(self) -> Section:
+        """Exponents of the approach to the plateau."""
+        section = self.section(
+            "Approach to the plateau",
+            "From t50 to the end: s_inf - s = A (t - t0)^-a against an exponential and two logistic curves, with "
+            "origin and plateau fitted, not read off. Under Adam the exponent is descriptive: it says how curves end, "
+            "not which degree the loss has.",
+            claims.relaxation_line,
+        )
+        told = max(self.laws, key=lambda found: int(found["relaxation"]["told"]), default=None)
+        if told is None or not told["relaxation"]["told"]:
+            return section
+        heads = self.series[told["series"]].heads
+        heads = heads[heads["status"].isin(("emerged", "growing")) & (heads["relaxation_refusal"] == "")]
+        widths = sorted(heads["width"].unique().tolist())
+        groups = [
+            Spread(width, *(heads.loc[heads["width"] == width, name].to_numpy(float) for name in EXPONENT))
+            for width in widths
+        ]
+        caption = (
+            f"Exponents that stand, in the series with most of them ({claims.named(told)}), sorted within each width; "
+            f"bars: {CONFIDENCE:.0%} profile intervals; black: median."
+        )
+        figure = law_figures.draw_exponents(groups, claims.named(told), "exponent a (log scale)")
+        self.draw(section, "exponents", figure, caption, "Relaxation exponents of heads with intervals")
+        return section
+
+    def tails(self) -> Section:
+        """Whether late heads follow a power law."""
+        section = self.section(
+            "Late heads",
+            "Is the distribution of times heavy-tailed? t50 of heads that rise, over the median of their width; "
+            "Clauset, Shalizi and Newman's maximum likelihood, with censoring, p by bootstrap over members.",
+            claims.tail_line,
+        )
+        plots = [
+            tail_plot(found) for found in claims.ordered(self.laws, len(self.laws)) if not found["tail"]["refusal"]
+        ]
+        if plots:
+            caption = (
+                "Kaplan-Meier estimate of the share of heads that are later. Blue: the power law from its least time "
+                "(grey line) on. A straight line here proves nothing: see p and the comparisons above."
+            )
+            figure = law_figures.draw_tails(plots[:TAILS])
+            self.draw(section, "tails", figure, caption, "Complementary distribution of times with fitted tail")
+        return section
+
+    def collapse(self) -> Section:
+        """Mean curves before and after scaling."""
+        section = self.section(
+            "Collapse",
+            "If width only stretched time, the lift of the best detectors would be one curve of step x width^g. S is "
+            "the mean square distance from the other widths' curve in units of its error: near 1 if they collapse.",
+            claims.collapse_line,
+        )
+        told = [found for found in claims.ordered(self.laws, len(self.laws)) if not found["collapse"]["refusal"]]
+        plots = [scaled_plot(found, self.series[found["series"]]) for found in told[:COLLAPSES]]
+        if plots:
+            caption = "Mean lift of the best detectors by width, with two standard errors; left as it is, right scaled."
+            figure = law_figures.draw_collapse(plots)
+            self.draw(section, "collapse", figure, caption, "Mean curves by width before and after scaling")
+        return section
+
+    def matter(self) -> Section:
+        """How many heads are worth something."""
+        text = (
+            "A head that emerged may be redundant. Heads a member whose looking is surely worth over 1% of what "
+            f"attention saves, mean and {CONFIDENCE:.0%} interval over members; drawn on the right of “Laws of width”."
+        )
+        return self.section("Heads that matter", text, claims.matter_line)
+
+
+def line_of(found: Law) -> Line:
+    """A series as it is drawn against width."""
+    share, level, law = found["share"], found[LEVEL]["observed"], found[LEVEL]["law"]
+    heads = found[T50]["law"]["shares"]
+
+    def estimates(values: Mapping[str, Any]) -> list[Estimate]:
+        return [Estimate(float(width), *numbers(each)) for width, each in values.items()]
+
+    def fitted_share(width: Array) -> Array:
+        start = logit(heads["share"][0])
+        return np.asarray(expit(start + heads["slope"] * np.log(width / heads["width"][0])))
+
+    def fitted_time(width: Array) -> Array:
+        return np.asarray(law["constant"] * width ** -law["exponent"])
+
+    return Line(
+        name=claims.named(found),
+        share=estimates(share),
+        time=estimates(level),
+        matter=estimates(found["matter"]),
+        fitted_share=None if heads["refusal"] or heads["slope"] is None else fitted_share,
+        fitted_time=None if law["refusal"] else fitted_time,
+    )
+
+
+def tail_plot(found: Law) -> TailPlot:
+    """The tail of a series as it is drawn."""
+    tail = found["tail"]
+
+    def power(time: Array) -> Array:
+        return np.asarray((time / tail["xmin"]) ** (1 - tail["alpha"]))
+
+    return TailPlot(
+        title=claims.named(found),
+        times=numbers(tail["times"]),
+        survival=numbers(tail["survival"]),
+        xmin=tail["xmin"],
+        fits=[(f"power law, a = {tail['alpha']:.2f}", power)],
+    )
+
+
+def scaled_plot(found: Law, series: Series) -> Scaled:
+    """The mean curves of a series before and after scaling."""
+    told, before, after = found["collapse"], [], []
+    for width, curves in detector_curves(series).items():
+        step, lifts = curves.columns.to_numpy(float), curves.to_numpy()
+        error = lifts.std(0, ddof=1) / np.sqrt(len(lifts)) if len(lifts) > 1 else np.zeros(len(step))
+        before.append((width, step, lifts.mean(0), error))
+        after.append((width, step * width ** told["exponent"], lifts.mean(0), error))
+    words = (f"as it is: S = {told['S_before']:.1f}", f"step x width^{told['exponent']:.2f}: S = {told['S']:.1f}")
+    return Scaled(title=claims.named(found), before=before, after=after, words=words)
