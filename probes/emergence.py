@@ -2,22 +2,25 @@
 
 All times live on the axis x = log(step). Step 0 has no logarithm: it is placed at step 0.5. The curve is the mean score
 over replicates, smoothed over 3 probe steps (the two end probes keep their own value: no window leans to one side).
-Internals take curves `[..., T]`, so that many curves, leave-one-out curves or bootstrap draws are one batch.
+Internals take curves `[..., T]`, so that many heads, leave-one-out curves or bootstrap draws are one batch. Nothing is
+summed by a routine whose rounding depends on how many curves there are: a fit does not depend on its company, to the
+last bit.
 """
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
-from scipy.signal import savgol_filter
 from scipy.special import stdtrit
 
 Status = Literal["at_start", "never", "transient", "growing", "emerged"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
+Mask = NDArray[np.bool_]
 
 LEVEL_LIFT = 2.0  # lift that `level` waits for
 START_LIFT = 1.5  # lift at the first probe that counts as being there from the start
@@ -29,6 +32,7 @@ STEP_ZERO = 0.5  # where step 0 stands on the log axis
 MIN_PROBES = 8
 DECADE = float(np.log(10.0))
 DRAWS = 200  # of the bootstrap
+CHUNK = 2**18  # numbers in the draws of the curves that are fitted together: 2 MB, which stays in a cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,7 @@ class Emergence:
     t90: float
     low: float  # interval of t50, `high` inf likewise
     high: float
+    onset: float  # last step at which the curve is still at its baseline; nan without a rise
     baseline: float  # mean of the curve up to its onset
     plateau: float  # mean of the curve over the last third of a decade
     peak: float  # highest mean of the curve over any third of a decade
@@ -62,22 +67,23 @@ class Emergence:
 
 @dataclass(frozen=True, slots=True)
 class _Rise:
-    """Shape of smoothed curves `[..., T]`; every field `[...]`."""
+    """Shape of smoothed curves `[..., T]`; every field `[...]`, but for `sums`."""
 
     onset: Index
     baseline: Array
     peak_at: Index
     peak: Array
     plateau: Array
+    sums: Array  # `[..., T + 1]`, see _sums_up_to
 
     @property
     def height(self) -> Array:
         return self.peak - self.baseline
 
     @property
-    def transient(self) -> bool:
-        """Whether one curve ends below half its rise."""
-        return bool(self.plateau - self.baseline < KEPT_SHARE * self.height)
+    def transient(self) -> Mask:
+        """Whether it ends below half its rise."""
+        return np.asarray(self.plateau - self.baseline < KEPT_SHARE * self.height)
 
 
 def fit_emergence(
@@ -92,84 +98,193 @@ def fit_emergence(
     the baseline; the baseline is the mean up to there. The two are iterated, starting from the lowest mean of any
     initial stretch. So a dip before the rise is no onset; a drift by under 5% of the rise belongs to the baseline.
 
-    Intervals are symmetric in log t, with half-width^2 = (t_{R-1} s_J)^2 + f (t_{n-1} s_B)^2: s_J is the jackknife
-    error over replicates, s_B the spread under a moving-block bootstrap of the residuals over probe steps in n blocks,
+    Intervals are symmetric in log t, with half-width t sqrt(s_J^2 + f s_B^2): s_J is the jackknife error over
+    replicates, s_B the spread under a moving-block bootstrap of the residuals over probe steps in n blocks,
     f = max(0, 1 - jackknife variance of the residuals / their mean square) the share of the residuals that all
-    replicates have in common; the rest is in s_J already. With one replicate s_J = 0 and f = 1.
+    replicates have in common; the rest is in s_J already; t is Student's on Welch and Satterthwaite's degrees of
+    freedom, from R - 1 and n - 1. With one replicate s_J = 0 and f = 1.
     Not guaranteed: jitter that lasts over many probes cannot be told from the shape of a curve. Where AR(1) jitter with
     coefficient 0.7 dominates, the 90% interval of t50 covers about 70%.
 
     Raises ValueError, naming argument, value and what is allowed, for wrong shapes, values that are not finite, steps
     that do not increase, fewer than 8 probes, null <= 0, or confidence outside (0, 1).
     """
-    steps, replicates, u = _validated(step, score, null)
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence is {confidence!r}; allowed: a number between 0 and 1, both excluded")
-    x = np.log(np.where(steps == 0.0, STEP_ZERO, steps))
-    mean = replicates.mean(axis=0)
-    curve, residual, left_out = smooth(mean), _residual(mean), _left_out(replicates)
-    rise = _rise(x, curve)
-    common = _common_share(residual, left_out)
-    rises = bool(rise.height >= max(RISE_ERRORS * _rise_error(replicates, rise, residual, common), RISE_LIFT * u))
-    status = _status(x, mean, rise, u, rises)
-    times, bounds = np.full(4, np.nan), np.full((2, 2), np.nan)
-    if rises or status == "at_start":
-        times = _log_times(x, curve, u, rise.transient, (0.5, 0.1, 0.9))
-        jackknife = _log_times(x, smooth(left_out), u, rise.transient)
-        drawn = _log_times(x, smooth(_block_bootstrap(_unimodal(curve), residual, seed)), u, rise.transient)
-        bounds = _bounds(x, times[:2], jackknife, drawn, common, confidence)
-    if not rises:
-        times[1:], bounds[:, 1] = np.nan, np.nan
-    (level, t50, t10, t90), ((level_low, low), (level_high, high)) = np.exp(times).tolist(), np.exp(bounds).tolist()
-    shape = {"baseline": float(rise.baseline), "plateau": float(rise.plateau), "peak": float(rise.peak)}
-    lost = float((rise.peak - rise.plateau) / rise.height) if status == "transient" else 0.0
-    return Emergence(
-        status=status, level=level, level_low=level_low, level_high=level_high,
-        t10=t10, t50=t50, t90=t90, low=low, high=high, lost=lost, **shape,
-    )  # fmt: skip
-
-
-def _validated(step: ArrayLike, score: ArrayLike, null: ArrayLike) -> tuple[Array, Array, float]:
-    """Steps `[T]`, replicates `[R, T]` and u, or a ValueError."""
-    steps, scores, nulls = (np.asarray(values, dtype=np.float64) for values in (step, score, null))
+    steps = _checked_steps(step)
+    scores, nulls = np.asarray(score, dtype=np.float64), np.asarray(null, dtype=np.float64)
     count = steps.size
-    if steps.ndim != 1 or count < MIN_PROBES:
-        raise ValueError(f"step has shape {steps.shape}; allowed: [T] with T >= {MIN_PROBES} probe steps")
     if scores.ndim not in (1, 2) or scores.shape[-1] != count or scores.size == 0:
         raise ValueError(f"score has shape {scores.shape}; allowed: [{count}] or [R, {count}], as step has {count}")
     replicates = np.atleast_2d(scores)
     allowed = ((), (count,), replicates.shape[:1], replicates.shape)
     if nulls.shape not in allowed:
         raise ValueError(f"null has shape {nulls.shape}; allowed: {', '.join(map(str, allowed))}")
-    for name, values in (("step", steps), ("score", scores), ("null", nulls)):
-        for where in np.argwhere(~np.isfinite(values))[:1].tolist():
-            raise ValueError(f"{name}{where or ''} is {values[tuple(where)]}; allowed: finite numbers")
-    _check_increasing(steps)
-    if (nulls <= 0.0).any():
-        raise ValueError(f"null contains {nulls.min():g}; allowed: numbers above 0")
-    return steps, replicates, float(nulls.mean())
+    _check_finite("score", scores)
+    _check_null("null", nulls)
+    nulls = nulls[None] if nulls.shape in allowed[2:] else np.atleast_1d(nulls.mean())
+    all_sound = np.ones((1, len(replicates)), dtype=np.bool_)
+    return _fit_all(steps, replicates[None], nulls, all_sound, confidence, seed)[0]
 
 
-def _check_increasing(steps: Array) -> None:
+def fit_emergences(
+    step: ArrayLike,
+    scores: ArrayLike,
+    nulls: ArrayLike,
+    *,
+    sound: ArrayLike | None = None,
+    confidence: float = 0.9,
+    seed: int = 0,
+) -> list[Emergence]:
+    """What `fit_emergence` says of each of n curves over common probe steps, bit for bit, whatever their company.
+
+    `step [T]`; `scores [n, T]`, or `[n, R, T]` over replicates; `nulls`, a number, `[n]`, `[n, R]` or the shape of
+    `scores`; their mean is taken by curve. `sound [n, R]`: which replicates to use (all by default), at least one of
+    each curve; the others' scores and nulls may be anything, nan too, and count as if they were not there.
+
+    Time grows in proportion to n. Curves are fitted a few at a time, so that some 20 MB do beside `scores`.
+
+    Raises ValueError as `fit_emergence` does, and where `sound` leaves a curve without a replicate.
+    """
+    steps = _checked_steps(step)
+    values, u = np.asarray(scores, dtype=np.float64), np.asarray(nulls, dtype=np.float64)
+    count = steps.size
+    if values.ndim not in (2, 3) or values.shape[-1] != count or 0 in values.shape[1:]:
+        raise ValueError(
+            f"scores has shape {values.shape}; allowed: [n, {count}] or [n, R, {count}], as step has {count}"
+        )
+    replicates = values if values.ndim == 3 else values[:, None]
+    allowed = ((), replicates.shape[:1], replicates.shape[:2], values.shape)
+    if u.shape not in allowed:
+        raise ValueError(f"nulls has shape {u.shape}; allowed: {', '.join(map(str, allowed))}")
+    picked = _checked_sound(sound, replicates.shape[:2])
+    _check_finite("scores", values, picked[..., None] if values.ndim == 3 else picked)
+    _check_null("nulls", u, (True, True, picked, picked[..., None])[u.ndim])
+    if u.ndim >= 2:  # a null beside a score that is left out is left out with it
+        u = u.reshape(*replicates.shape[:2], -1)
+    return _fit_all(steps, replicates, u, picked, confidence, seed)
+
+
+def _checked_steps(step: ArrayLike) -> Array:
+    """Steps `[T]`, or a ValueError."""
+    steps = np.asarray(step, dtype=np.float64)
+    if steps.ndim != 1 or steps.size < MIN_PROBES:
+        raise ValueError(f"step has shape {steps.shape}; allowed: [T] with T >= {MIN_PROBES} probe steps")
+    _check_finite("step", steps)
     if steps[0] < 0.0:
         raise ValueError(f"step[0] is {steps[0]:g}; allowed: 0 or more")
     for i in np.flatnonzero(np.diff(steps) <= 0.0)[:1] + 1:
         raise ValueError(f"step[{i}] is {steps[i]:g} after {steps[i - 1]:g}; allowed: strictly increasing steps")
     if steps[0] == 0.0 and steps[1] <= STEP_ZERO:
         raise ValueError(f"step[1] is {steps[1]:g} after step 0; allowed: above {STEP_ZERO}, where step 0 is placed")
+    return steps
+
+
+def _check_finite(name: str, values: Array, used: Mask | bool = True) -> None:
+    for where in np.argwhere(~np.isfinite(values) & used)[:1].tolist():
+        raise ValueError(f"{name}{where or ''} is {values[tuple(where)]}; allowed: finite numbers")
+
+
+def _check_null(name: str, values: Array, used: Mask | bool = True) -> None:
+    _check_finite(name, values, used)
+    for lowest in np.sort(values[(values <= 0.0) & used])[:1]:
+        raise ValueError(f"{name} contains {lowest:g}; allowed: numbers above 0")
+
+
+def _checked_sound(sound: ArrayLike | None, shape: tuple[int, ...]) -> Mask:
+    """Which replicates `[n, R]` to use, or a ValueError."""
+    if sound is None:
+        return np.ones(shape, dtype=np.bool_)
+    picked = np.asarray(sound)
+    if picked.shape != shape or picked.dtype != np.bool_:
+        raise ValueError(f"sound is {picked.dtype} of shape {picked.shape}; allowed: bool of shape {shape}")
+    for i in np.flatnonzero(~picked.any(axis=1))[:1]:
+        raise ValueError(f"sound[{i}] is False throughout; allowed: at least one sound replicate a curve")
+    return picked
+
+
+def _fit_all(
+    steps: Array, replicates: Array, nulls: Array, sound: Mask, confidence: float, seed: int
+) -> list[Emergence]:
+    """Fits of `replicates [n, R, T]`: curves with equally many sound replicates together, a few at a time."""
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence is {confidence!r}; allowed: a number between 0 and 1, both excluded")
+    x = np.log(np.where(steps == 0.0, STEP_ZERO, steps))
+    picked = _blocks(x.size, seed)
+    counts = sound.sum(axis=1)
+    found: dict[int, Emergence] = {}
+    size = max(1, CHUNK // picked.size)
+    for count in np.unique(counts).tolist():
+        members = np.flatnonzero(counts == count)
+        for chunk in (members[i : i + size] for i in range(0, members.size, size)):
+            dense = np.ascontiguousarray(replicates[chunk][sound[chunk]]).reshape(chunk.size, count, x.size)
+            if nulls.ndim < 2:
+                u = np.broadcast_to(nulls, len(replicates))[chunk]
+            else:
+                u = np.ascontiguousarray(nulls[chunk][sound[chunk]]).reshape(chunk.size, -1).mean(axis=1)
+            found.update(zip(chunk.tolist(), _fit(x, dense, u, picked, confidence), strict=True))
+    return [found[i] for i in range(len(replicates))]
+
+
+def _fit(x: Array, replicates: Array, u: Array, picked: Index, confidence: float) -> list[Emergence]:
+    """Fits of `replicates [n, R, T]` with u `[n]`; `picked [DRAWS, T]`: the probes whose residuals make up a draw."""
+    mean = replicates.mean(axis=-2)
+    curve, residual, left_out = smooth(mean), _residual(mean), _left_out(replicates)
+    rise, common = _rise(x, curve), _common_share(residual, left_out)
+    rises = rise.height >= np.maximum(RISE_ERRORS * _rise_error(replicates, rise, residual, common), RISE_LIFT * u)
+    status = _status(x, mean, rise, u, rises)
+    times, bounds = np.full((len(mean), 4), np.nan), np.full((len(mean), 2, 2), np.nan)
+    timed = np.flatnonzero(rises | (status == STATUSES.index("at_start")))
+    if timed.size:
+        lift_one, transient = u[timed], rise.transient[timed]
+        times[timed] = _log_times(x, curve[timed], lift_one, transient, (0.5, 0.1, 0.9))
+        drawn = _block_bootstrap(_unimodal(curve[timed]), residual[timed], picked)
+        jackknifed, jittered = (
+            _log_times(x, smooth(curves), lift_one[:, None], transient[:, None]) for curves in (left_out[timed], drawn)
+        )
+        bounds[timed] = _bounds(x, times[timed, :2], jackknifed, jittered, common[timed], confidence)
+    times[~rises, 1:], bounds[~rises, 1] = np.nan, np.nan
+    onset = np.where(rises, x[rise.onset], np.nan)
+    return _results(status, np.exp(times), np.exp(bounds), np.exp(onset), rise)
+
+
+def _results(status: Index, times: Array, bounds: Array, onset: Array, rise: _Rise) -> list[Emergence]:
+    """Rows of times (level, t50, t10, t90) and of bounds (of level, of t50) as results."""
+    lost = np.where(rise.height > 0.0, (rise.peak - rise.plateau) / np.where(rise.height > 0.0, rise.height, 1.0), 0.0)
+    shapes = np.stack([onset, rise.baseline, rise.plateau, rise.peak, lost], axis=-1).tolist()
+    return [
+        Emergence(
+            status=STATUSES[i], level=level, level_low=level_low, level_high=level_high,
+            t10=t10, t50=t50, t90=t90, low=low, high=high, onset=start,
+            baseline=baseline, plateau=plateau, peak=peak, lost=share if STATUSES[i] == "transient" else 0.0,
+        )
+        for i, (level, t50, t10, t90), ((level_low, level_high), (low, high)), (start, baseline, plateau, peak, share)
+        in zip(status.tolist(), times.tolist(), bounds.tolist(), shapes, strict=True)
+    ]  # fmt: skip
 
 
 def smooth(curve: Array) -> Array:
     """Centred mean over 3 probes of `[..., T]`; the end probes keep their value."""
     smoothed = curve.copy()
-    smoothed[..., 1:-1] = (curve[..., :-2] + curve[..., 1:-1] + curve[..., 2:]) / 3.0
+    middle = smoothed[..., 1:-1]
+    middle += curve[..., :-2]
+    middle += curve[..., 2:]
+    middle /= 3.0
     return smoothed
 
 
 def _residual(curve: Array) -> Array:
-    """`[..., T]` less local quadratics over 15 probes, which swallow less of the noise than the 3-probe mean does."""
-    window = min(15, curve.shape[-1] - 1) // 2 * 2 + 1
-    return np.asarray(curve - savgol_filter(curve, window, 2, axis=-1))
+    """`[..., T]` less local quadratics over 15 probes, which swallow less of the noise than the 3-probe mean does.
+
+    What scipy's savgol_filter gives, but that its rounding at the ends depends on the number of curves.
+    """
+    count = curve.shape[-1]
+    window = min(15, count - 1) // 2 * 2 + 1
+    first = np.clip(np.arange(count) - window // 2, 0, count - window)  # the probes around each, shifted at the ends
+    basis = np.linalg.qr(np.vander(np.arange(window) - window // 2, 3))[0]
+    weights = (basis @ basis.T)[np.arange(count) - first]
+    fit = np.zeros_like(curve)
+    for i in range(window):
+        fit += weights[:, i] * curve[..., first + i]
+    return curve - fit
 
 
 def _at(values: Array, index: Index) -> Array:
@@ -180,22 +295,38 @@ def _at(values: Array, index: Index) -> Array:
 def _rise(x: Array, curve: Array) -> _Rise:
     """Onset, baseline, peak and plateau of smoothed curves `[..., T]`."""
     probe = np.arange(x.size)
-    peak_at, peak = np.asarray(curve.argmax(axis=-1)), _highest(x, curve)
-    running = curve.cumsum(axis=-1) / (probe + 1)
+    sums, peak_at = _sums(curve), np.asarray(curve.argmax(axis=-1))
+    running, peak = sums[..., 1:] / (probe + 1.0), _highest(x, sums)
+    sums = _up_to(sums, peak_at)
     baseline, onset = running.min(axis=-1), np.zeros_like(peak_at)
     for _ in range(3):  # settles in two rounds, but for crooked curves
-        half = _vertex(curve, 0.5 * (baseline + peak), peak_at)[1]
+        half = _above(sums, 0.5 * (baseline + peak)).argmin(axis=-1)
         low = curve <= (baseline + ONSET_SHARE * (peak - baseline))[..., None]
-        onset = np.where(low & (probe < half[..., None]), probe, 0).max(axis=-1)
+        low &= probe < half[..., None]
+        onset = np.where(low.any(axis=-1), x.size - 1 - low[..., ::-1].argmax(axis=-1), 0)
         baseline = _at(running, onset)
-    return _Rise(onset, baseline, peak_at, peak, curve[..., _last(x, DECADE / 3.0)].mean(axis=-1))
+    return _Rise(onset, baseline, peak_at, peak, curve[..., _last(x, DECADE / 3.0)].mean(axis=-1), sums)
 
 
-def _highest(x: Array, curve: Array) -> Array:
-    """Highest mean of `[..., T]` over a third of a decade around any probe: a single maximum would follow the noise."""
+def _sums(curve: Array) -> Array:
+    """Sums over the first j probes of `[..., T]`, `[..., T + 1]`."""
+    sums = np.zeros((*curve.shape[:-1], curve.shape[-1] + 1))
+    np.cumsum(curve, axis=-1, out=sums[..., 1:])
+    return sums
+
+
+def _up_to(sums: Array, last: Index) -> Array:
+    """The sums that take no probe after `last [...]`; infinite for the others."""
+    return np.where(np.arange(sums.shape[-1]) <= last[..., None] + 1, sums, np.inf)
+
+
+def _highest(x: Array, sums: Array) -> Array:
+    """Highest mean over a third of a decade around any probe: a single maximum would follow the noise."""
     first, stop = np.searchsorted(x, x - DECADE / 6.0 - 1e-9), np.searchsorted(x, x + DECADE / 6.0 + 1e-9)
-    sums = np.concatenate([np.zeros_like(curve[..., :1]), curve.cumsum(axis=-1)], axis=-1)
-    return np.asarray(((sums[..., stop] - sums[..., first]) / (stop - first)).max(axis=-1))
+    means = sums[..., stop]
+    means -= sums[..., first]
+    means /= stop - first
+    return np.asarray(means.max(axis=-1))
 
 
 def _last(x: Array, width: float) -> slice:
@@ -203,115 +334,128 @@ def _last(x: Array, width: float) -> slice:
     return slice(min(int(np.searchsorted(x, x[-1] - width - 1e-9)), x.size - 3), None)
 
 
-def _vertex(curve: Array, height: Array, peak_at: Index) -> tuple[Array, Index]:
-    """Sums S_j of (curve - height) over the first j probes, `[..., T + 1]`, and the j <= peak_at at which S is least.
+def _above(sums: Array, height: Array) -> Array:
+    """Sums S_j of (curve - height) over the first j probes, `[..., T + 1]`, from those of the curve.
 
-    The isotonic fit up to the peak is below `height` on the first j probes and not below from there on: its values are
-    the slopes of the convex minorant of S, which change sign where S is least.
+    The isotonic fit is below `height` on the first j probes and not below from there on, for the j at which S is least:
+    its values are the slopes of the convex minorant of S, which change sign there. S is infinite after the peak, and so
+    the fit is that up to the peak.
     """
-    sums = np.zeros((*curve.shape[:-1], curve.shape[-1] + 1))
-    np.cumsum(curve - height[..., None], axis=-1, out=sums[..., 1:])
-    reachable = np.arange(sums.shape[-1]) <= peak_at[..., None]
-    return sums, np.asarray(np.where(reachable, sums, np.inf).argmin(axis=-1))
+    found = height[..., None] * np.arange(sums.shape[-1], dtype=np.float64)
+    return np.subtract(sums, found, out=found)
 
 
-def _isotonic_crossing(x: Array, curve: Array, height: Array, peak_at: Index) -> Array:
-    """log step at which the isotonic fit to `[..., :peak_at + 1]` crosses `height [...]`, linear between probes."""
-    sums, vertex = _vertex(curve, height, peak_at)
-    place = np.arange(sums.shape[-1])
-    apart = place - vertex[..., None]
-    slope = (sums - _at(sums, vertex)[..., None]) / np.where(apart == 0, 1, apart)
-    below = -np.where(apart < 0, slope, -np.inf).max(axis=-1)  # how far the fit is under `height` just before
-    above = np.where((apart > 0) & (place <= peak_at[..., None] + 1), slope, np.inf).min(axis=-1)  # over it just after
+def _isotonic_crossing(x: Array, sums: Array, height: Array) -> Array:
+    """log step at which the isotonic fit, up to where `sums` end, crosses `height [...]`, linear between probes."""
+    above = _above(sums, height)
+    vertex = above.argmin(axis=-1)
+    above -= _at(above, vertex)[..., None]
+    apart = np.arange(above.shape[-1]) - vertex[..., None]
+    above /= np.maximum(
+        np.abs(apart), 1
+    )  # slopes of the lines from the vertex, as they fall to it and as they leave it
+    under = np.where(apart < 0, above, np.inf).min(axis=-1)  # how far the fit is under `height` just before
+    over = np.where(apart > 0, above, np.inf).min(axis=-1)  # over it just after
     inside = vertex > 0  # else the fit starts above `height`
-    share = np.where(inside, below, 1.0) / np.where(inside, below + above, 1.0)
+    share = np.where(inside, under, 1.0) / np.where(inside, under + over, 1.0)
     before = x[np.maximum(vertex - 1, 0)]
-    return np.asarray(before + share * (x[vertex] - before))
+    return np.asarray(before + share * (x[np.minimum(vertex, x.size - 1)] - before))
 
 
-def _first_crossing(x: Array, curve: Array, height: float) -> Array:
-    """log step at which `curve [..., T]` first reaches `height`, linear between probes; nan if it never does."""
-    reached = curve >= height
+def _first_crossing(x: Array, curve: Array, height: Array) -> Array:
+    """log step at which `curve [..., T]` first reaches `height [...]`, linear between probes; nan if it never does."""
+    reached = curve >= height[..., None]
     after = np.asarray(reached.argmax(axis=-1))
     before = np.maximum(after - 1, 0)
-    climb = np.where(after > 0, _at(curve, after) - _at(curve, before), 1.0)
-    share = np.where(after > 0, height - _at(curve, before), 0.0) / np.where(climb > 0.0, climb, 1.0)
+    start = _at(curve, before)
+    climb = np.where(after > 0, _at(curve, after) - start, 1.0)
+    share = np.where(after > 0, height - start, 0.0) / np.where(climb > 0.0, climb, 1.0)
     return np.where(reached.any(axis=-1), x[before] + share * (x[after] - x[before]), np.nan)
 
 
-def _log_times(x: Array, curve: Array, u: float, transient: bool, shares: tuple[float, ...] = (0.5,)) -> Array:
+def _log_times(x: Array, curve: Array, u: ArrayLike, transient: ArrayLike, shares: tuple[float, ...] = (0.5,)) -> Array:
     """log level, and log times at which `shares` of (top - baseline) are done, `[..., 1 + len(shares)]`."""
     rise = _rise(x, curve)
-    climb = (rise.peak if transient else rise.plateau) - rise.baseline
-    times = [_isotonic_crossing(x, curve, rise.baseline + share * climb, rise.peak_at) for share in shares]
-    return np.stack([_first_crossing(x, curve, LEVEL_LIFT * u), *times], axis=-1)
+    climb = np.where(transient, rise.peak, rise.plateau) - rise.baseline
+    times = [_isotonic_crossing(x, rise.sums, rise.baseline + share * climb) for share in shares]
+    return np.stack([_first_crossing(x, curve, LEVEL_LIFT * np.asarray(u)), *times], axis=-1)
 
 
 def _unimodal(curve: Array) -> Array:
-    """Isotonic fit to `curve [T]` up to its peak, antitonic after it: the signal of the bootstrap."""
-    peak_at = int(curve.argmax())
-    up, down = isotonic_regression(curve[: peak_at + 1]), isotonic_regression(curve[peak_at:], increasing=False)
-    return np.concatenate([up.x, down.x[1:]])
+    """Isotonic fit to each of `curve [n, T]` up to its peak, antitonic after it: the signal of the bootstrap."""
+    fits = np.empty_like(curve)
+    for fit, own, peak_at in zip(fits, curve, curve.argmax(axis=-1).tolist(), strict=True):
+        fit[: peak_at + 1] = isotonic_regression(own[: peak_at + 1]).x
+        fit[peak_at + 1 :] = isotonic_regression(own[peak_at:], increasing=False).x[1:]
+    return fits
 
 
 def _left_out(replicates: Array) -> Array:
-    """Mean curves with one replicate left out, `[R, T]`; of a single replicate none, `[0, T]`."""
-    others = replicates.shape[0] - 1
-    return (replicates.sum(axis=0) - replicates) / others if others else replicates[:0]
+    """Mean curves with one replicate left out, `[..., R, T]`; of a single replicate none, `[..., 0, T]`."""
+    others = replicates.shape[-2] - 1
+    if not others:
+        return replicates[..., :0, :]
+    return np.asarray((replicates.sum(axis=-2, keepdims=True) - replicates) / others)
 
 
 def _jackknife_variance(values: Array) -> Array:
-    """Variance of the estimate from its leave-one-out values, over the leading axis; 0 without any."""
-    return np.asarray((len(values) - 1) * values.var(axis=0)) if len(values) else np.zeros(values.shape[1:])
+    """Variance of the estimate from its leave-one-out values `[..., R, T]`, over R; 0 without any."""
+    count = values.shape[-2]
+    return np.asarray((count - 1) * values.var(axis=-2)) if count else np.zeros((*values.shape[:-2], values.shape[-1]))
 
 
-def _common_share(residual: Array, left_out: Array) -> float:
-    """Share of the mean curve's residual variance that all replicates have in common: noise of training."""
-    if not len(left_out):
-        return 1.0
-    total = float((residual**2).mean())
-    explained = float(_jackknife_variance(_residual(left_out)).mean())
-    return max(0.0, 1.0 - explained / total) if total > 0.0 else 0.0
+def _common_share(residual: Array, left_out: Array) -> Array:
+    """Share `[...]` of a mean curve's residual variance that all replicates have in common: noise of training."""
+    total = (residual**2).mean(axis=-1)
+    if not left_out.shape[-2]:
+        return np.ones_like(total)
+    explained = _jackknife_variance(_residual(left_out)).mean(axis=-1)
+    return np.where(total > 0.0, np.maximum(0.0, 1.0 - explained / np.where(total > 0.0, total, 1.0)), 0.0)
 
 
-def _rise_error(replicates: Array, rise: _Rise, residual: Array, common: float) -> float:
+def _rise_error(replicates: Array, rise: _Rise, residual: Array, common: Array) -> Array:
     """Standard error of peak - baseline: over replicates, and common jitter of a smoothed probe and of the baseline."""
-    curves = smooth(replicates)
-    heights = curves[:, int(rise.peak_at)] - curves[:, : int(rise.onset) + 1].mean(axis=1)
-    sampling = heights.var(ddof=1) / heights.size if heights.size > 1 else 0.0
-    jitter = (smooth(residual) ** 2).mean() + (residual**2).mean() / (rise.onset + 1)
-    return float(np.sqrt(sampling + common * jitter))
+    curves, count = smooth(replicates), replicates.shape[-2]
+    onset = rise.onset[..., None]
+    heights = _at(curves, rise.peak_at[..., None]) - _at(curves.cumsum(axis=-1), onset) / (onset + 1)
+    sampling = heights.var(axis=-1, ddof=1) / count if count > 1 else 0.0
+    jitter = (smooth(residual) ** 2).mean(axis=-1) + (residual**2).mean(axis=-1) / (rise.onset + 1)
+    return np.asarray(np.sqrt(sampling + common * jitter))
 
 
-def _status(x: Array, mean: Array, rise: _Rise, u: float, rises: bool) -> Status:
-    """The first status that holds, in the order in which `Emergence` lists them."""
-    if mean[0] >= START_LIFT * u:
-        return "at_start"
-    if not rises:
-        return "never"
-    if rise.transient:
-        return "transient"
+def _status(x: Array, mean: Array, rise: _Rise, u: Array, rises: Mask) -> Index:
+    """Places in STATUSES of the first status that holds."""
     end = _last(x, DECADE / 2.0)
-    gain = np.polyfit(x[end], mean[end], 1)[0] * DECADE / 2.0
-    return "growing" if gain > GAIN_SHARE * (rise.plateau - rise.baseline) else "emerged"
+    away = x[end] - x[end].mean()
+    gain = (away * mean[..., end]).sum(axis=-1) / (away**2).sum() * DECADE / 2.0
+    grows = gain > GAIN_SHARE * (rise.plateau - rise.baseline)
+    return np.select([mean[..., 0] >= START_LIFT * u, ~rises, rise.transient, grows], [0, 1, 2, 3], 4)
 
 
-def _block_bootstrap(signal: Array, residual: Array, seed: int) -> Array:
-    """`[DRAWS, T]` curves: the signal plus moving blocks of sqrt(T) residuals."""
-    count, length = signal.size, isqrt(signal.size)
+def _blocks(count: int, seed: int) -> Index:
+    """Probes `[DRAWS, count]` of moving blocks of sqrt(count); the same for all curves, so company changes nothing."""
+    length = isqrt(count)
     starts = np.random.default_rng(seed).integers(0, count - length + 1, size=(DRAWS, -(-count // length), 1))
-    picked = (starts + np.arange(length)).reshape(DRAWS, -1)[:, :count]
-    return np.asarray(signal + (residual - residual.mean())[picked])
+    return np.asarray((starts + np.arange(length)).reshape(DRAWS, -1)[:, :count])
 
 
-def _bounds(x: Array, times: Array, jackknife: Array, drawn: Array, common: float, confidence: float) -> Array:
-    """Interval in log step, `[2, n]`, of `times [n]` from `jackknife [R, n]` and `drawn [DRAWS, n]`."""
+def _block_bootstrap(signal: Array, residual: Array, picked: Index) -> Array:
+    """`[n, DRAWS, T]` curves: the signals `[n, T]` plus blocks of residuals."""
+    drawn: Array = (residual - residual.mean(axis=-1, keepdims=True)).take(picked, axis=-1)
+    drawn += signal[:, None]
+    return drawn
+
+
+def _bounds(x: Array, times: Array, jackknife: Array, drawn: Array, common: Array, confidence: float) -> Array:
+    """Intervals in log step, `[n, k, 2]`, of `times [n, k]` from `jackknife [n, R, k]` and `drawn [n, DRAWS, k]`."""
     tail = 0.5 * (1.0 + confidence)
-    unsure = np.isnan(jackknife).any(axis=0) | (np.isnan(drawn).mean(axis=0) > 1.0 - tail)
+    unsure = np.isnan(jackknife).any(axis=-2) | (np.isnan(drawn).mean(axis=-2) > 1.0 - tail)
     # a curve that never gets there counts as getting there at the last probe
     jackknife, drawn = (np.where(np.isnan(values), x[-1], values) for values in (jackknife, drawn))
-    sampling = stdtrit(max(len(jackknife) - 1, 1), tail) ** 2 * _jackknife_variance(jackknife)
-    jitter = stdtrit(x.size / isqrt(x.size) - 1.0, tail) ** 2 * drawn.var(axis=0)
-    half = np.where(times > x[0], np.sqrt(sampling + common * jitter), np.nan)
+    sampling, jitter = _jackknife_variance(jackknife), common[:, None] * drawn.var(axis=-2)
+    total = sampling + jitter
+    freedom = sampling**2 / max(jackknife.shape[-2] - 1, 1) + jitter**2 / (x.size / isqrt(x.size) - 1.0)
+    reach = stdtrit(np.where(total > 0.0, total**2, 1.0) / np.where(total > 0.0, freedom, 1.0), tail)
+    half = np.where(times > x[0], reach * np.sqrt(total), np.nan)
     unbounded = np.isfinite(half) & (unsure | (times + half > x[-1]))  # nothing is known beyond the end
-    return np.stack([times - half, np.where(unbounded, np.inf, times + half)])
+    return np.stack([times - half, np.where(unbounded, np.inf, times + half)], axis=-1)

@@ -59,6 +59,9 @@ class Noise:
 QUIET = Noise(jitter=0.01, spread=0.05, white=0.02)
 USUAL = Noise(jitter=0.015, memory=0.4, flat=0.02, spread=0.1, wander=0.03, white=0.05)
 LOUD = Noise(jitter=0.06, memory=0.7, flat=0.03, spread=0.2, wander=0.1, white=0.1)
+MULTIPLICATIVE = Noise(jitter=0.02, spread=0.1, white=0.05)
+AUTOCORRELATED = Noise(jitter=0.015, memory=0.7, spread=0.1, wander=0.05)
+ADDITIVE = Noise(flat=0.05, memory=0.7, spread=0.1)
 
 
 def probe_steps(per_decade: int = 20, zero: bool = False) -> Array:
@@ -166,6 +169,11 @@ def flat(rng: Generator) -> Planted:
     return Planted("flat", "never", lambda z: low + slope * z)
 
 
+def constant(rng: Generator) -> Planted:
+    low = rng.uniform(0.5, 1.3)
+    return Planted("constant", "never", lambda z: np.full_like(z, low))
+
+
 def fading(rng: Generator) -> Planted:
     low, drop, middle = rng.uniform(0.9, 1.3), rng.uniform(0.3, 0.7), rng.uniform(1, 3)
     return Planted("fading", "never", lambda z: low - drop * ndtr((z - middle) / 0.3))
@@ -181,4 +189,11 @@ def there(rng: Generator) -> Planted:
     return Planted("there", "at_start", lambda z: low + slope * z)
 
 
-KINDS = (plain, two_step, overshoot, dip, drift, power_law, late, transient, flat, fading, small, there)
+KINDS = (plain, two_step, overshoot, dip, drift, power_law, late, transient, flat, constant, fading, small, there)
+RISING = (
+    plain,
+    two_step,
+    overshoot,
+    drift,
+    transient,
+)  # whose level and t50 lie within the probes, and no dip bends t50
