@@ -27,11 +27,13 @@ from cluster.tracking import Place, log_points, now_ms
 from probes.ablation import matters
 from probes.attention import lift
 from probes.emergence import Emergence, Status, fit_emergences, smooth
+from probes.growth import fit_growths
 from probes.relaxation import fit_relaxations
 
 STATUSES: tuple[str, ...] = get_args(Status)
 RISEN = ("emerged", "growing", "transient", "at_start")
 TABLES = ("heads", "members", "widths", "detectors")
+STAYED_NOT = "it did not rise and stay"
 DETECTOR_LIFT = 1.5  # least lift over exchanged rows of a head that is called a detector
 
 
@@ -108,10 +110,13 @@ def analyze_heads(table: pd.DataFrame, worth: Mapping[str, NDArray[Any]]) -> Row
 
 
 def approach(steps: NDArray[np.int64], means: NDArray[np.float64], fits: Sequence[Emergence]) -> Rows:
-    """How curves `means [n, T]` that rose and stayed approach their plateaus, from t50 to the end, as columns."""
+    """How curves `means [n, T]` that rose and stayed grew, from onset to t50, and approach their plateaus, from t50 to
+    the end, as columns."""
     stayed = [found.status in ("emerged", "growing") for found in fits]
-    windows = [(found.t50, steps[-1]) if yes else (np.nan, np.nan) for found, yes in zip(fits, stayed, strict=True)]
-    relaxations = fit_relaxations(steps, means, windows)
+    late = [(found.t50, steps[-1]) if yes else (np.nan, np.nan) for found, yes in zip(fits, stayed, strict=True)]
+    early = [(found.onset, found.t50) if yes else (np.nan, np.nan) for found, yes in zip(fits, stayed, strict=True)]
+    relaxations = fit_relaxations(steps, means, np.reshape(late, (-1, 2)))
+    growths = fit_growths(steps, means, np.reshape(early, (-1, 2)))
     return [
         {
             "relaxation": found.exponent,
@@ -121,9 +126,14 @@ def approach(steps: NDArray[np.int64], means: NDArray[np.float64], fits: Sequenc
             "relaxation_decades": found.decades,
             "relaxation_t0": found.t0,
             "relaxation_plateau": found.s_inf,
-            "relaxation_refusal": found.refusal if yes else "it did not rise and stay",
+            "relaxation_refusal": found.refusal if yes else STAYED_NOT,
+            "growth_law": grown.preferred if yes else "",
+            "growth": grown.value,
+            "growth_low": grown.low,
+            "growth_high": grown.high,
+            "growth_refusal": grown.refusal if yes else STAYED_NOT,
         }
-        for found, yes in zip(relaxations, stayed, strict=True)
+        for found, grown, yes in zip(relaxations, growths, stayed, strict=True)
     ]
 
 

@@ -37,7 +37,7 @@ def law_line(found: Law, endpoint: str) -> str:
         f"model of {units} ({events:,} with a time) in {plural(law['clusters'], 'cluster')}, widths "
         f"{law['shares']['width'][0]:g} to {law['shares']['width'][-1]:g} ({law['decades']:.2f} decades)"
     )
-    return f"{text}; {_choice(law)}. {share_line(law['shares'], UNIT[endpoint])} {held_out_line(law)}".rstrip()
+    return f"{text}; {_choice(law)}. {share_line(law, UNIT[endpoint])} {held_out_line(law)}".rstrip()
 
 
 def _choice(law: Mapping[str, Any]) -> str:
@@ -52,8 +52,11 @@ def _choice(law: Mapping[str, Any]) -> str:
     return words.get(law["preferred"], "not compared with other laws")
 
 
-def share_line(shares: Mapping[str, Any], unit: str) -> str:
+def share_line(law: Mapping[str, Any], unit: str) -> str:
     """Whether more of them emerge at larger widths."""
+    shares = law["shares"]
+    if not law["counts"]["never"]:
+        return f"All {unit}s emerge, at every width."
     if shares["refusal"]:
         return f"Share that emerges: {shares['refusal']}."
     first, last = (f"{shares['share'][at]:.0%} at width {shares['width'][at]:g}" for at in (0, -1))
@@ -88,14 +91,14 @@ def verdict(laws: Sequence[Law], endpoint: str) -> str:
     if {1, -1} <= set(signs):
         return f"No law of {what} is claimed: its sign differs between series."
     if len(signs) < len(laws) or 0 in signs:
+        unsure, unfitted = signs.count(0), len(laws) - len(signs)
         return (
-            f"No general law of {what} is claimed: of {len(laws):,} series {signs.count(0):,} do not exclude that it "
-            f"does not, and in {len(laws) - len(signs):,} none could be fitted."
+            f"No general law of {what} is claimed: of {len(laws):,} series {unsure:,} do not exclude that it does not, "
+            f"and in {unfitted:,} none could be fitted."
         )
     trend = "falls" if signs[0] == 1 else "rises"
-    return (
-        f"In each of {len(laws):,} series the {WHAT[endpoint]} {trend} with width, and is sure to ({CONFIDENCE:.0%})."
-    )
+    surely = f"{trend} with width: {CONFIDENCE:.0%} intervals exclude 0"
+    return f"In each of {len(laws):,} series the {WHAT[endpoint]} {surely}."
 
 
 def _sign(law: Mapping[str, Any]) -> int:
@@ -120,8 +123,9 @@ def relaxation_line(found: Law) -> str:
     told = found["relaxation"]
     if not told["heads"]:
         return f"{named(found)}: no head has risen and stayed."
-    counts = ", ".join(f"{name} {count:,}" for name, count in told["preferred"].items())
-    text = f"{named(found)}: of {plural(told['heads'], 'head')} that rose and stayed, law preferred: {counts}"
+    early, late = (", ".join(f"{name} {n:,}" for name, n in told[key].items()) for key in ("growth", "preferred"))
+    text = f"{named(found)}: of {plural(told['heads'], 'head')} that rose and stayed, law preferred from onset to t50: "
+    text += f"{early}; from t50 on: {late}"
     if not told["told"]:
         return f"{text}. No exponent stands: {_reasons(told['refusals'])}."
     widths = "; ".join(f"width {width} {interval(values)}" for width, values in told["by_width"].items())

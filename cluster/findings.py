@@ -15,6 +15,7 @@ from cluster.analysis import RISEN, STATUSES, Analysis
 from cluster.intervals import CONFIDENCE
 from cluster.sweep import Sweep
 from probes.emergence import LEVEL_LIFT
+from probes.scaling import MIN_WIDTHS
 
 T = TypeVar("T")
 
@@ -207,8 +208,8 @@ def caveats(sweep: Sweep, analysis: Analysis, points: Sequence[Point]) -> list[s
     if fewest < FEW_MEMBERS:
         found.append(f"Points rest on as few as {plural(fewest, 'member')}: intervals over members are rough.")
     widths = len({point.values["width"] for point in settled})
-    if widths < 4:
-        found.append(f"{plural(widths, 'width')}: too few to tell a power law from any other trend, so none is fitted.")
+    if widths < MIN_WIDTHS:
+        found.append(f"{plural(widths, 'width')}: too few to fit a law of width; it takes {MIN_WIDTHS}.")
     without = sum(point.without for point in settled)
     if without:
         found.append(

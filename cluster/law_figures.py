@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from cluster.figures import COLOURS, DASHES, GREY, INK, TITLE, Array, count_text, new_figure, plain, step_axis
 
-MOST_PANELS = 6
+TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -146,8 +146,10 @@ def draw_lines(lines: Sequence[Line], widths: Sequence[float], titles: tuple[str
         ax.set_title(title, fontsize=9.5, loc="left", color=INK)
     share.set_ylim(0, 1.03)
     time.set_yscale("log")
+    time.yaxis.set_major_locator(LogLocator(subs=TICKS))
     time.yaxis.set_major_formatter(FuncFormatter(count_text))
-    time.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    time.yaxis.set_minor_locator(NullLocator())
+    time.set_ylabel("training step (log scale)", fontsize=9.5)
     matter.set_ylim(0, None)
     figure.legend(frameon=False, fontsize=8.5, loc="outside lower left", ncols=2)
     return figure
@@ -169,6 +171,7 @@ def draw_exponents(groups: Sequence[Spread], title: str, label: str) -> Figure:
         ticks.append((at.mean(), f"width {group.width:g}\n{len(order)} heads"))
         start = int(at[-1]) + 4
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=TICKS))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=9)

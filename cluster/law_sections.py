@@ -39,7 +39,9 @@ class LawSections:
     last: float
 
     def all(self) -> list[Section]:
-        """In the order of the page."""
+        """In the order of the page; none without a series."""
+        if not self.laws:
+            return []
         return [self.widths(), self.survival(), self.relaxation(), self.tails(), self.collapse(), self.matter()]
 
     def section(self, title: str, text: str, line: Callable[[Law], str], first: Sequence[str] = ()) -> Section:
@@ -47,8 +49,7 @@ class LawSections:
         lines = [*first, *(line(found) for found in claims.ordered(self.laws, LINES))]
         if len(self.laws) > LINES:
             lines.append(f"{len(self.laws) - LINES:,} further series are in sweep.json.")
-        missing = "" if self.laws else "No finished member has heads measured on the judged relation."
-        return Section(title=title, text=text, lines=lines, missing=missing)
+        return Section(title=title, text=text, lines=lines)
 
     def draw(self, section: Section, name: str, figure: Figure, caption: str, alt: str) -> None:
         """Add a picture."""
@@ -56,7 +57,7 @@ class LawSections:
 
     def widths(self) -> Section:
         """Whether and when, side by side."""
-        first = [claims.verdict(self.laws, endpoint) for endpoint in (LEVEL, T50)] if self.laws else []
+        first = [claims.verdict(self.laws, endpoint) for endpoint in (LEVEL, T50)]
         section = self.section(
             "Laws of width",
             "Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, taken as "
@@ -115,8 +116,8 @@ class LawSections:
             "not which degree the loss has.",
             claims.relaxation_line,
         )
-        told = max(self.laws, key=lambda found: int(found["relaxation"]["told"]), default=None)
-        if told is None or not told["relaxation"]["told"]:
+        told = max(self.laws, key=lambda found: int(found["relaxation"]["told"]))
+        if not told["relaxation"]["told"]:
             return section
         heads = self.series[told["series"]].heads
         heads = heads[heads["status"].isin(("emerged", "growing")) & (heads["relaxation_refusal"] == "")]

@@ -59,7 +59,9 @@ def series_of(
         return []
 
     def make(name: str, some: pd.DataFrame) -> Series:
-        heads, lines = (table[table["member_id"].isin(some["member_id"])] for table in (own, curves))
+        heads, lines = (
+            table[table["member_id"].isin(some["member_id"])] if len(table) else table for table in (own, curves)
+        )
         return Series(name=name, cluster=cluster, members=some, heads=heads, curves=lines)
 
     others = [name for name in axes if name != "width"]
@@ -195,6 +197,7 @@ def exponents(series: Series) -> dict[str, Any]:
         "told": len(told),
         "members": int(told["member_id"].nunique()),
         "preferred": risen["relaxation_law"].value_counts().to_dict(),
+        "growth": risen["growth_law"].value_counts().to_dict(),
         "refusals": risen.loc[risen["relaxation_refusal"] != "", "relaxation_refusal"].value_counts().to_dict(),
         "by_width": {f"{width:g}": mean_interval(_by_member(group)) for width, group in told.groupby("width")},
         "one_value": test,
@@ -215,15 +218,12 @@ def tail_of(times: Times) -> dict[str, Any]:
         scaled[own] /= np.median(times.time[own])
     censored = times.status[kept] == "growing"
     tail = fit_tail(scaled[kept], censored=censored, clusters=times.cluster[kept])
+    found = {**dataclasses.asdict(tail), "verdict": tail.verdict, "heads": int(kept.sum())}
+    if tail.refusal:
+        return found
     curve = kaplan_meier(scaled[kept], times.status[kept].tolist(), times.cluster[kept])
     shown = np.unique(np.linspace(0, len(curve.times) - 1, min(DRAWN, len(curve.times))).astype(int))
-    return {
-        **dataclasses.asdict(tail),
-        "verdict": tail.verdict,
-        "heads": int(kept.sum()),
-        "times": curve.times[shown],
-        "survival": curve.survival[shown],
-    }
+    return {**found, "times": curve.times[shown], "survival": curve.survival[shown]}
 
 
 def collapse_of(series: Series) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """A planted sweep as tables: members at widths and rates whose heads emerge, or not, by a known law."""
 
+import dataclasses
+
 import numpy as np
 
-from cluster.analysis import tabulate
-from cluster.laws import RATE
+from cluster.analysis import series_of_sweep, tabulate
+from cluster.laws import RATE, laws_of
 
 WIDTHS, RATES = (16, 24, 40, 64), (0.001, 0.004)
 LAST, STEPS = 4000.0, np.unique(np.geomspace(1, 4000, 80).astype(int))
@@ -31,10 +33,17 @@ def planted_sweep(exponents=(0.5, 0.5), share=0.8, seeds=8, seed=0, widths=WIDTH
     return tabulate(heads, members, list(AXES), lines)
 
 
+def with_laws(sweep, analysis):
+    """As `analyze_sweep` adds them, without a cluster."""
+    return dataclasses.replace(analysis, laws=[laws_of(each) for each in series_of_sweep(sweep, analysis)])
+
+
 def head(rng, width, exponent, share, index):
     """A head on relation `collision`."""
     row = {"relation": "collision", "layer": index // 4, "head": index % 4, "lift_peak": 3.0 + rng.random()}
-    nothing = {"relaxation": np.nan, "relaxation_low": np.nan, "relaxation_high": np.nan, "relaxation_law": ""}
+    nothing = {"relaxation": np.nan, "relaxation_low": np.nan, "relaxation_high": np.nan, "relaxation_law": ""} | {
+        "growth_law": ""
+    }
     if rng.random() > share:
         empty = {"status": "never", "detector": False, "level": np.nan, "t50": np.nan}
         return row | empty | nothing | {"relaxation_refusal": "it did not rise and stay"}
@@ -43,4 +52,5 @@ def head(rng, width, exponent, share, index):
     return row | {
         "status": "emerged", "detector": True, "level": time, "t50": 1.2 * time, "relaxation": a,
         "relaxation_low": 0.8 * a, "relaxation_high": 1.2 * a, "relaxation_law": "power", "relaxation_refusal": "",
+        "growth_law": "critical",
     }  # fmt: skip

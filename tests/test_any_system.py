@@ -12,6 +12,7 @@ from cluster.plan import make_plan
 from cluster.report import MemberData, write_report
 from cluster.sizing import Room
 from cluster.sweep import DataConfig, ProbeConfig, Sweep, packs, validate
+from tests.planted_sweep import with_laws
 from tests.test_pack import Memory
 from tests.toys import EnumeratedToy, MaskedToy, NoisedToy
 from train.config import ModelConfig, TrainConfig
@@ -37,16 +38,17 @@ def test_a_toy_sweep_ends_on_a_page(system, precision, tmp_path):
     (pack,) = packs(validate(sweep), workers=1)
     pool, sink = make_pool(pack.config), Memory()
     run_pack(pack, pool, build_probes(pack.config, pool), sink, Pace(progress=1e9, checkpoint=1e9))
-    heads, members, data = [], [], {}
+    heads, members, lines, data = [], [], [], {}
     for member in pack.members:
         curves, figures, diverged = sink.finished[member.id]
         assert diverged == -1
         data[member.id] = MemberData(curves=pd.DataFrame(curves), figures=pd.DataFrame(figures), weights={})
-        rows, row = analyze_member(data[member.id].curves, data[member.id].figures, system.relation)
+        rows, row, line = analyze_member(data[member.id].curves, data[member.id].figures, system.relation)
         keys = {"member_id": member.id, "run_id": member.id, **member.point, "seed": member.config.seed}
         heads += [{**keys, **head} for head in rows]
+        lines += [{**keys, **each} for each in line]
         members.append({**keys, "outcome": "finished", "cause": "", **row})
-    analysis = tabulate(heads, members, sweep.axis_names)
+    analysis = with_laws(sweep, tabulate(heads, members, sweep.axis_names, lines))
     assert set(analysis.heads["relation"]) >= {system.relation}
     assert len(analysis.heads) % (2 * 2 * 2) == 0  # members, layers, heads
     page = write_report(tmp_path / "report", sweep, analysis, data.__getitem__, {}).read_text()

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toys import EnumeratedToy, MaskedToy
 
 from cluster import findings, report
 from cluster.analysis import analyze_member, tabulate
@@ -18,6 +17,8 @@ from cluster.report import MemberData, write_report
 from cluster.sweep import Sweep
 from sim.generator import Generator
 from sim.particles import ParticleBox, ParticleSystem
+from tests.planted_sweep import with_laws
+from tests.toys import EnumeratedToy, MaskedToy
 from train.config import ModelConfig, TrainConfig
 from train.loop import probe_steps
 from train.model import initial
@@ -102,7 +103,7 @@ class Planted:
 
     def __init__(self, sweep, plan, **curves):
         self.sweep, self.plan, self.curves, self.loads = sweep, {}, curves, []
-        heads, members = [], []
+        heads, members, lines = [], [], []
         for number, ((point, seed), what) in enumerate(plan.items()):
             keys = {"member_id": f"m{number}", "run_id": f"r{number}"}
             keys |= dict(zip(sweep.axis_names, point, strict=True), seed=seed)
@@ -110,10 +111,12 @@ class Planted:
             if isinstance(what, tuple):
                 members.append({**keys, "outcome": what[0], "cause": what[1]})
                 continue
-            head_rows, row = analyze_member(make_curves(what, **curves), make_figures(), sweep.system.relation)
+            own = analyze_member(make_curves(what, **curves), make_figures(), sweep.system.relation)
+            head_rows, row, line = own
             heads += [{**keys, **head} for head in head_rows]
+            lines += [{**keys, **each} for each in line]
             members.append({**keys, "outcome": "finished", "cause": "", **row})
-        self.analysis = tabulate(heads, members, sweep.axis_names)
+        self.analysis = with_laws(sweep, tabulate(heads, members, sweep.axis_names, lines))
 
     def load(self, run_id):
         self.loads.append(run_id)
@@ -171,12 +174,13 @@ def missing(page):
 
 def test_every_figure_is_there_and_embedded(planted, page):
     assert names(page) == [
-        "losses.png", "box.png", "heads_width8.png", "heads_width16.png", "widths.png", "distance.png", "worth.png"
+        "losses.png", "box.png", "heads_width8.png", "heads_width16.png", "widths.png", "laws.png", "distance.png",
+        "worth.png",
     ]  # fmt: skip
     assert missing(page) == []
     assert panels(page) <= report.PANELS
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 7
+    assert len(sources) == 8
     assert all(base64.b64decode(source.partition("base64,")[2])[1:4] == b"PNG" for source in sources)
 
 
@@ -296,7 +300,7 @@ def test_many_layers_and_heads_stay_bounded(tmp_path):
     page = write_report(tmp_path / "report", sweep, made.analysis, made.load, {}).read_text()
     assert panels(page) <= report.PANELS
     assert "strongest heads of a layer" in page
-    assert panels(page) == 7 + 15 + 1
+    assert panels(page) == 7 + 15 + 1 + 1
 
 
 def test_an_error_on_the_way_leaves_the_old_report(planted, tmp_path):
