@@ -1,0 +1,170 @@
+"""`probes.degree` on gradient flows of known degree, and where its assumptions fail."""
+
+import numpy as np
+import planted_relaxation_coverage as measured
+import pytest
+from scipy.stats import binom, linregress
+
+from probes.degree import Degree, degree_from_gradient, degree_from_loss, degree_from_profile, degree_from_score, drift
+from probes.relaxation import fit_relaxation
+from tests.planted_relaxation import Flow, probe_times
+
+TIME = probe_times(10.0, 1e5)
+LINE = np.r_[0.0, np.geomspace(0.01, 1.0, 20), -np.geomspace(0.02, 0.5, 15)]
+DEGREES = [3.0, 4.0, 6.0, 8.0]
+
+
+def holds(degree: Degree, k: float, rel: float = 1e-3) -> bool:
+    assert degree.refusal == ""
+    assert degree.low <= degree.k <= degree.high
+    return degree.k == pytest.approx(k, rel=rel)
+
+
+# Truth
+
+
+@pytest.mark.parametrize("k", DEGREES)
+def test_every_route_gives_the_degree_where_its_assumption_holds(k):
+    flow = Flow(k, 0.01)
+    loss, gradient = 0.3 + flow.loss(TIME), flow.gradient(TIME)
+    assert holds(degree_from_loss(fit_relaxation(TIME, loss)), k)
+    assert holds(degree_from_gradient(loss, gradient), k)
+    assert holds(degree_from_gradient(loss, gradient, 0.3), k)
+    assert holds(degree_from_profile(LINE, 0.3 + 2.0 * np.abs(LINE) ** k), k, 3e-3)
+    score = degree_from_score(fit_relaxation(TIME, 0.5 - 0.3 * flow.x(TIME)))
+    assert "linear in x" in score.assumption
+    if k < 8.0:
+        assert holds(score, k)
+    else:
+        assert "0.65 decades, under 0.7" in score.refusal
+
+
+def test_a_score_that_is_not_linear_gives_three_for_four_and_the_drift_agrees():
+    flow = Flow(4.0, 0.01)
+    score = 0.5 - 0.3 * flow.x(TIME) ** 2
+    fit = fit_relaxation(TIME, score)
+    assert holds(degree_from_score(fit), 3.0)
+    check = drift(TIME, score, fit)
+    assert check.slope + 1.0 == pytest.approx(3.0, abs=0.01)
+    assert check.expected == pytest.approx(2.0, rel=1e-4)
+    assert holds(degree_from_loss(fit_relaxation(TIME, 0.3 + flow.loss(TIME))), 4.0)
+    assert holds(degree_from_gradient(0.3 + flow.loss(TIME), flow.gradient(TIME)), 4.0)
+
+
+def test_degree_two_is_exponential_and_has_no_exponent():
+    flow = Flow(2.0, 1e-3)
+    fit = fit_relaxation(TIME, 0.3 + flow.loss(TIME))
+    assert degree_from_loss(fit).refusal == "the approach is exponential, as for k = 2"
+    loss = flow.loss(TIME[TIME < 5e3])
+    assert holds(degree_from_gradient(0.3 + loss, flow.gradient(TIME[TIME < 5e3])), 2.0)
+
+
+def test_the_gradient_route_does_not_mind_the_optimiser():
+    """A trajectory with a rate of its own at every step: no power law in time, and still 4."""
+    rng, x, seen = np.random.default_rng(0), 1.0, []
+    for _ in range(3000):
+        seen.append(x)
+        x -= 0.02 * rng.uniform(0.0, 2.0) * np.sqrt(4.0 * x**3) * (1.0 if x > 0.1 else 0.2)
+    x = np.array(seen)[::40]
+    assert holds(degree_from_gradient(0.3 + x**4, 4.0 * x**3), 4.0)
+
+
+def test_an_end_that_is_read_off_gives_another_degree():
+    """The wrong estimator: the end of the loss taken to be the last loss seen."""
+    flow = Flow(4.0, 0.01)
+    loss, gradient = 0.3 + flow.loss(TIME[:40]), flow.gradient(TIME[:40])
+    theta = linregress(np.log(loss[:-1] - loss[-1]), np.log(gradient[:-1])).slope
+    assert abs(1.0 / (1.0 - theta) - 4.0) > 0.5
+    assert holds(degree_from_gradient(loss, gradient), 4.0)
+
+
+# Intervals
+
+
+def test_intervals_cover_nine_in_ten():
+    found = measured.degree_coverage(120, seed=5)
+    for name in ("degree, loss gap", "degree, gradient slope"):
+        covered, given = found[name]
+        low, high = binom.interval(0.99, given, 0.9)
+        assert given >= 100
+        assert low <= covered <= high, name
+
+
+def test_intervals_of_the_profile_cover_nine_in_ten():
+    rng, hits = np.random.default_rng(6), 0
+    for _ in range(200):
+        k = rng.uniform(2.0, 6.0)
+        loss = 0.3 + np.abs(LINE) ** k * np.exp(0.1 * rng.standard_normal(LINE.size))
+        degree = degree_from_profile(LINE, loss)
+        hits += degree.low <= k <= degree.high
+    low, high = binom.interval(0.99, 200, 0.9)
+    assert low <= hits <= high
+
+
+def test_ends_of_the_exponents_interval_become_ends_of_the_degrees():
+    flow, rng = Flow(4.0, 0.01), np.random.default_rng(0)
+    noise = 1.0 + 0.002 * rng.standard_normal(TIME.size)
+    fit = fit_relaxation(TIME, (0.3 + 100.0 * flow.loss(TIME)) * noise)
+    degree = degree_from_loss(fit)
+    b = np.array([fit.high, fit.exponent, fit.low])
+    np.testing.assert_allclose([degree.low, degree.k, degree.high], 2 * b / (b - 1))
+    assert degree.low < 4.0 < degree.high
+
+
+# Refusals
+
+
+def test_refusals_are_named_and_give_no_number():
+    flow = Flow(4.0, 0.01)
+    loss, gradient = 0.3 + flow.loss(TIME), flow.gradient(TIME)
+    score = degree_from_score(fit_relaxation(TIME, np.full(TIME.size, 0.5)))
+    slow = degree_from_loss(fit_relaxation(TIME, 0.3 + 0.2 * TIME**-0.5))
+    bent = degree_from_profile(LINE, 0.01 * LINE**2 + LINE**4)
+    cases = {
+        "constant": score,
+        "is that of no degree": slow,
+        "no single degree": bent,
+        "not least at x = 0": degree_from_profile(LINE, -np.abs(LINE)),
+        "7 points above the floor": degree_from_profile(LINE[:8], np.abs(LINE[:8])),
+        "decades of |x|, under 1": degree_from_profile(np.linspace(0.0, 1.0, 10), np.linspace(0.0, 1.0, 10) ** 4),
+        "decades of L - end, under 1": degree_from_gradient(loss[:8], gradient[:8], 0.0),
+        "points above the end": degree_from_gradient(loss, gradient, float(loss[5])),
+        "7 points, under 8": degree_from_gradient(loss[:7], gradient[:7]),
+        "a gradient is 0": degree_from_gradient(loss, 0.0 * gradient),
+        "not finite": degree_from_gradient(np.where(loss > 0.301, np.nan, loss), gradient),
+        "upper edge": degree_from_gradient(np.geomspace(1e-15, 1, 40), np.geomspace(1e-15, 1, 40) ** 0.75),
+        "lower edge": degree_from_gradient(loss, np.exp(50.0 * loss)),
+        "slope": degree_from_gradient(loss, (loss - 0.3) ** 1.5, 0.3),
+    }
+    for reason, degree in cases.items():
+        assert reason in degree.refusal
+        assert np.isnan([degree.k, degree.low, degree.high]).all()
+        assert degree.assumption
+
+
+def test_a_drift_of_a_refused_fit_is_refused():
+    check = drift(TIME, np.full(TIME.size, 0.5), fit_relaxation(TIME, np.full(TIME.size, 0.5)))
+    assert "constant" in check.refusal
+    assert np.isnan([check.slope, check.expected]).all()
+
+
+def test_points_under_the_floor_are_left_out():
+    loss = 0.3 + np.abs(LINE) ** 4 + np.where(np.abs(LINE) < 0.05, 1e-7 * (LINE != 0.0), 0.0)
+    assert "no single degree" in degree_from_profile(LINE, loss).refusal
+    assert holds(degree_from_profile(np.r_[LINE, -1.0, 2.0], np.r_[loss, 1.3, 16.3], floor=1e-5), 4.0, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: degree_from_gradient([[1.0]], [1.0]), r"loss has shape \(1, 1\); allowed: \[T\]"),
+        (lambda: degree_from_gradient([1.0, 2.0], [1.0]), r"gradient has shape \(1,\); allowed: \(2,\), as loss has"),
+        (lambda: degree_from_gradient([1.0], [1.0], confidence=0.0), r"confidence is 0.0; allowed"),
+        (lambda: degree_from_profile([1.0], [1.0]), r"x holds 0 0 times; allowed: finite numbers, 0 once"),
+        (lambda: degree_from_profile([0.0], [1.0], floor=-1.0), r"floor is -1; allowed: 0 or more"),
+        (lambda: drift([1.0, 2.0], [1.0], fit_relaxation(TIME, TIME)), r"value has shape \(1,\); allowed: \[2\]"),
+    ],
+)
+def test_bad_input_names_argument_value_and_what_is_allowed(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
