@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from planted import Array, Generator, Noise, observe
+
+from tests.planted import Array, Generator, Noise, observe
 
 JITTER = Noise(jitter=0.01, memory=0.4)
 MIXED = Noise(jitter=0.006, memory=0.4, flat=0.02, spread=0.1, wander=0.01, white=0.03)

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
-from planted import Array, Generator, Noise, autoregressive
 from scipy.optimize import curve_fit
 from scipy.special import stdtrit
 
@@ -12,6 +11,7 @@ import tests.planted_relaxation as planted
 from probes.degree import Degree, degree_from_gradient, degree_from_loss
 from probes.growth import fit_growths
 from probes.relaxation import Relaxation, fit_relaxations
+from tests.planted import Array, Generator, Noise, autoregressive
 from tests.planted_relaxation import FAINT, JITTER, MIXED, Curve, Flow, probe_times
 
 Counts = dict[str, tuple[int, int]]

@@ -1,10 +1,10 @@
 """`probes.degree` on gradient flows of known degree, and where its assumptions fail."""
 
 import numpy as np
-import planted_relaxation_coverage as measured
 import pytest
 from scipy.stats import binom, linregress
 
+import tests.planted_relaxation_coverage as measured
 from probes.degree import Degree, degree_from_gradient, degree_from_loss, degree_from_profile, degree_from_score, drift
 from probes.relaxation import fit_relaxation
 from tests.planted_relaxation import Flow, probe_times

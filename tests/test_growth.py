@@ -1,11 +1,11 @@
 """`probes.growth` against planted escapes from saddles."""
 
 import numpy as np
-import planted_relaxation_coverage as measured
 import pytest
 from scipy.stats import binom
 
 import tests.planted_relaxation as planted
+import tests.planted_relaxation_coverage as measured
 from probes.growth import fit_growth, fit_growths
 from tests.planted_relaxation import JITTER, Escape, probe_times
 

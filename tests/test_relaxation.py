@@ -4,15 +4,15 @@ import time
 from collections import Counter
 
 import numpy as np
-import planted_relaxation_coverage as measured
 import pytest
-from planted import Noise
 from scipy.optimize import curve_fit
 from scipy.stats import binom, linregress
 
 import tests.planted_relaxation as planted
+import tests.planted_relaxation_coverage as measured
 from probes import inference, laws, relaxation, windows
 from probes.relaxation import fit_relaxation, fit_relaxations
+from tests.planted import Noise
 from tests.planted_relaxation import FAINT, JITTER, MIXED, Flow, probe_times
 
 TIME = probe_times()
