@@ -7,10 +7,10 @@ from typing import Any
 
 from cluster.findings import DASH, Table, number_text, plural, step_text
 from cluster.intervals import CONFIDENCE
-from cluster.laws import BEST, LEVEL, T50, Law
+from cluster.laws import BEST, HEADS, MEMBERS, Law
 
-WHAT = {LEVEL: "level of the best detector", T50: "t50 of heads"}
-UNIT = {LEVEL: "member", T50: "head"}
+WHAT = {MEMBERS: "level of the best detector", HEADS: "level of heads"}
+UNIT = {MEMBERS: "member", HEADS: "head"}
 
 
 def interval(values: Sequence[float | None], form: str = ".2f") -> str:
@@ -108,7 +108,7 @@ def _sign(law: Mapping[str, Any]) -> int:
 
 def survival_line(found: Law) -> str:
     """Whether widths differ in whether or when heads emerge."""
-    test = found[T50]["log_rank"]
+    test = found[HEADS]["log_rank"]
     if test["refusal"]:
         return f"{named(found)}: widths are not compared: {test['refusal']}."
     kind = "all" if test["exact"] else "random"
@@ -192,7 +192,7 @@ def law_rows(laws: Sequence[Law]) -> Table:
     """Laws of width by series and endpoint."""
     columns = ["series", "endpoint", "with a time", "of", "clusters", "decades", "exponent b", "never taken as late",
                "log-odds of emerging", "preferred", "log-rank p", "held out: predicted", "has"]  # fmt: skip
-    rows = [_law_row(found, endpoint) for endpoint in (LEVEL, T50) for found in laws]
+    rows = [_law_row(found, endpoint) for endpoint in (MEMBERS, HEADS) for found in laws]
     note = (
         "time ~ width^b by a mixture-cure model, whose share that ever emerges is logistic in log width; beside it the "
         f"plain regression that takes heads that never emerge as merely late. In brackets: {CONFIDENCE:.0%} intervals."
@@ -206,7 +206,7 @@ def _law_row(found: Law, endpoint: str) -> list[str]:
     events = law["counts"]["emerged"] + law["counts"]["transient"]
     return [
         named(found),
-        endpoint,
+        WHAT[endpoint],
         f"{events:,}",
         f"{sum(law['counts'].values()):,}",
         f"{law['clusters']:,}",

@@ -15,8 +15,9 @@ from cluster import claims, law_figures
 from cluster.figures import COLOURS, Array
 from cluster.intervals import CONFIDENCE
 from cluster.law_figures import Estimate, Line, Scaled, Spread, Stairs, TailPlot
-from cluster.laws import LEVEL, T50, Law, Series, detector_curves
+from cluster.laws import HEADS, MEMBERS, Law, Series, detector_curves
 from cluster.page import Section, take_picture
+from probes.emergence import LEVEL_LIFT
 
 EXPONENT = ("relaxation", "relaxation_low", "relaxation_high")
 LINES = 12  # series that are put into words
@@ -57,17 +58,17 @@ class LawSections:
 
     def widths(self) -> Section:
         """Whether and when, side by side."""
-        first = [claims.verdict(self.laws, endpoint) for endpoint in (LEVEL, T50)]
+        first = [claims.verdict(self.laws, endpoint) for endpoint in (MEMBERS, HEADS)]
         section = self.section(
             "Laws of width",
             "Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, taken as "
-            "merely late, would fake a law. The level of each member's best detector is the endpoint; heads' own times "
-            "come second. A law is claimed only if it holds in every series: at every learning rate, at each width's "
+            "merely late, would fake a law. The level of each member's best detector is the endpoint; heads' own "
+            "levels come second. A law is claimed only if it holds in every series: at every learning rate, at each width's "
             "best one, and under every parametrization that was swept.",
-            lambda found: claims.law_line(found, LEVEL),
+            lambda found: claims.law_line(found, MEMBERS),
             first,
         )
-        section.lines += [claims.law_line(found, T50) for found in claims.ordered(self.laws, LINES)]
+        section.lines += [claims.law_line(found, HEADS) for found in claims.ordered(self.laws, LINES)]
         shown = claims.ordered(self.laws, len(COLOURS))
         widths = sorted({width for found in shown for width in found["widths"]})
         if len(widths) > 1:
@@ -86,13 +87,13 @@ class LawSections:
         """Kaplan-Meier curves of heads."""
         section = self.section(
             "Heads that have not emerged yet",
-            "Kaplan-Meier curves of t50 over all heads: a curve that ends on a plateau says that some heads never "
-            "emerge, one that moves to the left says that they do so earlier.",
+            "Kaplan-Meier curves of the level over all heads: a curve that ends on a plateau says that some heads "
+            "never get there, one that moves to the left says that they do so earlier.",
             claims.survival_line,
         )
         panels = []
         for found in claims.ordered(self.laws, SURVIVAL):
-            curves = {float(width): curve for width, curve in found[T50]["survival"].items() if not curve["refusal"]}
+            curves = {float(width): curve for width, curve in found[HEADS]["survival"].items() if not curve["refusal"]}
             stairs = [
                 Stairs(width, *(numbers(curve[key]) for key in ("times", "survival", "low", "high")))
                 for width, curve in curves.items()
@@ -100,8 +101,8 @@ class LawSections:
             panels += [(claims.named(found), stairs)] if stairs else []
         if panels:
             caption = (
-                f"Steps: share of heads without half of their rise. Bands: {CONFIDENCE:.0%} intervals by a jackknife "
-                "over members, point by point. Growing heads count as not seen after their bound."
+                f"Steps: share of heads that have not reached lift {LEVEL_LIFT:g}. Bands: {CONFIDENCE:.0%} intervals by "
+                "a jackknife over members, point by point."
             )
             figure = law_figures.draw_survival(panels, self.last, "heads")
             self.draw(section, "survival", figure, caption, "Survival curves of heads by width")
@@ -138,8 +139,8 @@ class LawSections:
         """Whether late heads follow a power law."""
         section = self.section(
             "Late heads",
-            "Is the distribution of times heavy-tailed? t50 of heads that rise, over the median of their width; "
-            "Clauset, Shalizi and Newman's maximum likelihood, with censoring, p by bootstrap over members.",
+            "Is the distribution of times heavy-tailed? Levels of heads that have one, over the median of their width; "
+            "Clauset, Shalizi and Newman's maximum likelihood, p by bootstrap over members.",
             claims.tail_line,
         )
         plots = [
@@ -181,8 +182,8 @@ class LawSections:
 
 def line_of(found: Law) -> Line:
     """A series as it is drawn against width."""
-    share, level, law = found["share"], found[LEVEL]["observed"], found[LEVEL]["law"]
-    heads = found[T50]["law"]["shares"]
+    share, level, law = found["share"], found[MEMBERS]["observed"], found[MEMBERS]["law"]
+    heads = found[HEADS]["law"]["shares"]
 
     def estimates(values: Mapping[str, Any]) -> list[Estimate]:
         return [Estimate(float(width), *numbers(each)) for width, each in values.items()]

@@ -27,7 +27,7 @@ from probes.tails import fit_tail
 RATE = "train.learning_rate"
 BEST = "each width's best learning rate"
 DRAWN = 400  # points of a curve that are kept for figures
-LEVEL, T50 = "level", "t50"  # endpoints: of members, of heads
+MEMBERS, HEADS = "member_level", "head_level"  # endpoints: the level of best detectors, that of every head
 Law = Mapping[str, Any]
 """Plain form of what `laws_of` finds, as in sweep.json."""
 
@@ -95,7 +95,7 @@ def at_best_rate(members: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Times:
-    """When something came, one row a member or head, as `probes.scaling` takes it; all `[n]`."""
+    """When lift 2 was reached, one row a member or head, as `probes.scaling` takes it; all `[n]`."""
 
     width: NDArray[np.float64]
     time: NDArray[np.float64]
@@ -108,26 +108,27 @@ class Times:
         return self.width, self.time, self.status.tolist(), self.cluster
 
 
-def level_times(series: Series) -> Times:
-    """The level of every member's best detector; `never` where it has none. It needs no end of training to be known."""
-    table, level = series.members, series.members["level"].to_numpy(float)
+def member_times(series: Series) -> Times:
+    """The level of every member's best detector; `never` where it has none, at the last step."""
+    table = series.members
+    return _times(series, table, table["level"].to_numpy(float), table["last_step"].to_numpy(float))
+
+
+def head_times(series: Series) -> Times:
+    """The level of every head, as of members. Not t50: that of a growing head is a bound which its own rise has set,
+    and censoring that knows of the time bends a law."""
+    table = series.heads
+    last = table["member_id"].map(series.members.set_index("member_id")["last_step"]).to_numpy(float)
+    return _times(series, table, table["level"].to_numpy(float), last)
+
+
+def _times(series: Series, table: pd.DataFrame, level: NDArray[np.float64], last: NDArray[np.float64]) -> Times:
     none, first = np.isnan(level), level <= STEP_ZERO
     return Times(
         width=table["width"].to_numpy(float),
-        time=np.where(none, table["last_step"].to_numpy(float), np.maximum(level, STEP_ZERO)),
+        time=np.where(none, last, np.maximum(level, STEP_ZERO)),
         status=np.where(none, "never", np.where(first, "at_start", "emerged")),
         cluster=table[series.cluster].to_numpy(),
-    )
-
-
-def t50_times(series: Series) -> Times:
-    """Half of the rise of every head; a lower bound where it was still growing."""
-    table = series.heads
-    last = table["member_id"].map(series.members.set_index("member_id")["last_step"]).to_numpy(float)
-    status, t50 = table["status"].to_numpy(str), table["t50"].to_numpy(float)
-    time = np.where(status == "never", last, np.where(status == "at_start", STEP_ZERO, t50))
-    return Times(
-        width=table["width"].to_numpy(float), time=time, status=status, cluster=table[series.cluster].to_numpy()
     )
 
 
@@ -140,7 +141,7 @@ def laws_of(series: Series) -> Law:
         "clusters": int(series.members[series.cluster].nunique()),
         "widths": series.widths,
     }
-    for name, times in ((LEVEL, level_times(series)), (T50, t50_times(series))):
+    for name, times in ((MEMBERS, member_times(series)), (HEADS, head_times(series))):
         found[name] = {
             "law": _with_preferred(fit_width_law(*times.columns)),
             "regression": censored_regression(*times.columns),
@@ -149,11 +150,11 @@ def laws_of(series: Series) -> Law:
             ),
             "survival": {f"{width:g}": _survival(times, width) for width in series.widths},
         }
-    found[LEVEL]["observed"] = {f"{width:g}": _level(series, width) for width in series.widths}
+    found[MEMBERS]["observed"] = {f"{width:g}": _level(series, width) for width in series.widths}
     found["share"] = {f"{width:g}": _share(series, width) for width in series.widths}
     found["matter"] = {f"{width:g}": _matter(series, width) for width in series.widths}
     found["relaxation"] = exponents(series)
-    found["tail"] = tail_of(t50_times(series))
+    found["tail"] = tail_of(head_times(series))
     found["collapse"] = collapse_of(series)
     return plain(found)  # type: ignore[no-any-return]
 
@@ -210,14 +211,13 @@ def _by_member(told: pd.DataFrame) -> list[float]:
 
 
 def tail_of(times: Times) -> dict[str, Any]:
-    """The tail of heads' t50 over the median of their width; heads that rise only, growing ones censored."""
-    kept = np.isin(times.status, ("emerged", "transient", "growing"))
+    """The tail of heads' levels over the median of their width; of heads that get there."""
+    kept = times.status == "emerged"
     scaled = times.time.copy()
     for width in np.unique(times.width[kept]):
         own = kept & (times.width == width)
         scaled[own] /= np.median(times.time[own])
-    censored = times.status[kept] == "growing"
-    tail = fit_tail(scaled[kept], censored=censored, clusters=times.cluster[kept])
+    tail = fit_tail(scaled[kept], clusters=times.cluster[kept])
     found = {**dataclasses.asdict(tail), "verdict": tail.verdict, "heads": int(kept.sum())}
     if tail.refusal:
         return found

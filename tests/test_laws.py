@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 
 from cluster import claims
-from cluster.laws import BEST, LEVEL, RATE, T50, Series, at_best_rate, laws_of, level_times, plain, series_of, t50_times
+from cluster.laws import (
+    BEST,
+    HEADS,
+    MEMBERS,
+    RATE,
+    Series,
+    at_best_rate,
+    head_times,
+    laws_of,
+    member_times,
+    plain,
+    series_of,
+)
 from tests.planted_sweep import AXES, LAST, RATES, WIDTHS, planted_sweep
 
 
@@ -53,56 +65,53 @@ def test_without_other_axes_there_is_one_series(falling):
     )
 
 
-def test_times_of_every_status():
-    statuses = ["emerged", "transient", "growing", "never", "at_start"]
+def test_times_are_levels_or_the_last_step():
     analysis = planted_sweep(seeds=1, widths=(16,), rates=(0.001,))
-    heads = analysis.heads.iloc[:5].assign(status=statuses, t50=[100.0, 200.0, 300.0, np.nan, 7.0])
+    heads = analysis.heads.iloc[:3].assign(level=[100.0, np.nan, 0.5])
     (series,) = series_from(dataclasses.replace(analysis, heads=heads))
-    times = t50_times(series)
-    assert times.status.tolist() == statuses
-    assert times.time.tolist() == [100, 200, 300, LAST, 0.5]
-    members = analysis.members.assign(level=[np.nan])
-    own = level_times(dataclasses.replace(series, members=members))
-    assert (own.status.tolist(), own.time.tolist()) == (["never"], [LAST])
-    own = level_times(dataclasses.replace(series, members=members.assign(level=[0.5])))
-    assert (own.status.tolist(), own.time.tolist()) == (["at_start"], [0.5])
+    times = head_times(series)
+    assert times.status.tolist() == ["emerged", "never", "at_start"]
+    assert times.time.tolist() == [100, LAST, 0.5]
+    for level, status, time in ((np.nan, "never", LAST), (0.5, "at_start", 0.5), (70.0, "emerged", 70.0)):
+        own = member_times(dataclasses.replace(series, members=analysis.members.assign(level=[level])))
+        assert (own.status.tolist(), own.time.tolist()) == ([status], [time])
 
 
 def test_the_planted_law_is_found(laws):
     for found in laws:
-        law = found[T50]["law"]
+        law = found[HEADS]["law"]
         assert law["refusal"] == ""
         assert law["low"] - 0.05 < 0.5 < law["high"] + 0.05
         assert law["high"] - law["low"] < 0.3
         assert all(low < 0.8 < high for low, high in zip(law["shares"]["low"], law["shares"]["high"], strict=True))
-        assert found[T50]["log_rank"]["p_value"] < 0.01
+        assert found[HEADS]["log_rank"]["p_value"] < 0.01
         assert found["collapse"]["low"] - 0.1 < 0.5 < found["collapse"]["high"] + 0.1
         assert found["collapse"]["S"] < 0.3 * found["collapse"]["S_before"]
         assert found["relaxation"]["one_value"]["p_value"] > 0.01
         assert found["matter"]["16"] == [2.0, 2.0, 2.0]
     assert laws[0]["members"] == 32 and laws[0]["heads"] == 256 and laws[0]["clusters"] == 32
-    assert "In each of 3 series" in claims.verdict(laws, T50)
-    assert "falls" in claims.verdict(laws, T50)
+    assert "In each of 3 series" in claims.verdict(laws, HEADS)
+    assert "falls" in claims.verdict(laws, HEADS)
 
 
 def test_no_law_is_claimed_whose_sign_changes():
     found = [laws_of(each) for each in series_from(planted_sweep((0.6, -0.6)))]
-    assert "its sign differs" in claims.verdict(found, T50)
+    assert "its sign differs" in claims.verdict(found, HEADS)
 
 
 def test_no_law_is_claimed_that_holds_in_one_series_only():
     found = [laws_of(each) for each in series_from(planted_sweep((0.6, 0.0), seed=3))]
-    assert "No general law" in claims.verdict(found, T50)
+    assert "No general law" in claims.verdict(found, HEADS)
 
 
 def test_few_members_carry_nothing_and_the_words_say_why():
     small = series_from(planted_sweep(seeds=2, widths=(16, 24), rates=(0.001,)))
     found = [laws_of(each) for each in small]
-    assert claims.verdict(found, LEVEL).startswith("Nothing is claimed")
+    assert claims.verdict(found, MEMBERS).startswith("Nothing is claimed")
     for line in (claims.law_line, claims.survival_line, claims.tail_line, claims.collapse_line, claims.relaxation_line):
-        text = line(found[0], LEVEL) if line is claims.law_line else line(found[0])
+        text = line(found[0], MEMBERS) if line is claims.law_line else line(found[0])
         assert "nan" not in text and "None" not in text
-    assert "2 widths, fewer than 3" in claims.law_line(found[0], LEVEL)
+    assert "2 widths, fewer than 3" in claims.law_line(found[0], MEMBERS)
     assert len(claims.law_rows(found).rows) == 2
 
 
@@ -121,7 +130,7 @@ def test_laws_are_strict_json_and_their_words_are_those_of_what_was_stored(laws)
 
 
 def test_words_name_window_method_interval_and_numbers(laws):
-    text = claims.law_line(laws[0], T50)
+    text = claims.law_line(laws[0], HEADS)
     for part in (
         "90% interval",
         "mixture-cure",

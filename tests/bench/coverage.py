@@ -1,4 +1,4 @@
-"""How often nominal 90% intervals hold what was planted, beside named wrong estimators: `python -m tests.bench.coverage`.
+"""How often nominal 90% intervals hold what was planted, beside wrong ones: `python -m tests.bench.coverage`.
 
 Every estimator is run on so many planted curves or sweeps; 87 to 93% is asked of the right ones. The wrong ones stand
 beside them to show that these numbers can fail.

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from probes.emergence import fit_emergence, fit_emergences
+from probes.relaxation import fit_relaxation, fit_relaxations
 from tests.bench.measure import compare, one_thread, quartiles, span, write
 from tests.bench.memory import MB, extra
 from tests.planted import RISING, USUAL, observe, probe_steps
@@ -35,7 +36,26 @@ def at_once(step: Array, scores: Array) -> object:
     return fit_emergences(step, scores, U)
 
 
-ESTIMATORS: Mapping[str, tuple[Fit, Fit]] = {"emergence": (one_by_one, at_once)}
+def relax_one_by_one(step: Array, scores: Array) -> object:
+    """Approach to the plateau of each curve by a call of its own, over windows of one size."""
+    return [fit_relaxation(step, score, window(step)) for score in scores]
+
+
+def relax_at_once(step: Array, scores: Array) -> object:
+    """Approach to the plateau of all curves by one call, over windows that start at many steps, as t50 does."""
+    starts = np.geomspace(*window(step), 40)[np.arange(len(scores)) % 20]
+    return fit_relaxations(step, scores, np.stack([starts, np.full(len(scores), step[-1])], axis=1))
+
+
+def window(step: Array) -> tuple[float, float]:
+    """The last two decades."""
+    return 0.01 * float(step[-1]), float(step[-1])
+
+
+ESTIMATORS: Mapping[str, tuple[Fit, Fit]] = {
+    "emergence": (one_by_one, at_once),
+    "relaxation": (relax_one_by_one, relax_at_once),
+}
 """By what is estimated: its calls curve by curve, and for all curves."""
 
 
