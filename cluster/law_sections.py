@@ -63,8 +63,8 @@ class LawSections:
             "Laws of width",
             "Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, taken as "
             "merely late, would fake a law. The level of each member's best detector is the endpoint; heads' own "
-            "levels come second. A law is claimed only if it holds in every series: at every learning rate, at each width's "
-            "best one, and under every parametrization that was swept.",
+            "levels come second. A law is claimed only if it holds in every series: at every learning rate, at each "
+            "width's best one, and under every parametrization that was swept.",
             lambda found: claims.law_line(found, MEMBERS),
             first,
         )
@@ -101,8 +101,8 @@ class LawSections:
             panels += [(claims.named(found), stairs)] if stairs else []
         if panels:
             caption = (
-                f"Steps: share of heads that have not reached lift {LEVEL_LIFT:g}. Bands: {CONFIDENCE:.0%} intervals by "
-                "a jackknife over members, point by point."
+                f"Steps: share of heads that have not reached lift {LEVEL_LIFT:g}. Bands: {CONFIDENCE:.0%} intervals "
+                "by a jackknife over members, point by point."
             )
             figure = law_figures.draw_survival(panels, self.last, "heads")
             self.draw(section, "survival", figure, caption, "Survival curves of heads by width")
