@@ -6,9 +6,9 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 from sim.system import Batch
@@ -38,7 +38,7 @@ def _kernels(model: ModelConfig) -> Callable[..., Tensor]:
     with warnings.catch_warnings():  # torch's compiler uses what torch deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._inductor.compile_fx")
-    limits = torch._dynamo.config
+    limits: Any = importlib.import_module("torch._dynamo.config")
     limits.recompile_limit = limits.accumulated_recompile_limit = MOST_SHAPES
     compiled: Callable[..., Tensor] = torch.compile(run, dynamic=False, fullgraph=True, options={"compile_threads": 1})
     return compiled
