@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cluster.crew import spread_out
 from cluster.encoding import decode
 from cluster.intervals import log_mean_interval, mean_interval
-from cluster.laws import Law, Series, laws_of, series_of
+from cluster.laws import Law, Series, laws_or_cause, series_of
 from cluster.sweep import Sweep
 from cluster.tracking import Place, log_points, now_ms
 from probes.ablation import matters
@@ -291,7 +291,7 @@ def analyze_sweep(
 
 def find_laws(sweep: Sweep, analysis: Analysis) -> list[Law]:
     """The laws of each series, on as many CPUs as the cluster has free."""
-    task: Any = ray.remote(num_cpus=1, max_retries=3)(laws_of)
+    task: Any = ray.remote(num_cpus=1, max_retries=3)(laws_or_cause)
     found: list[Law] = ray.get([task.remote(each) for each in series_of_sweep(sweep, analysis)])
     return found
 
@@ -399,10 +399,11 @@ def load_analysis(client: MlflowClient, parent: str) -> Analysis:
     with tempfile.TemporaryDirectory() as folder:
         try:
             root = Path(client.download_artifacts(parent, "analysis", folder))
+            tables = {name: pd.read_parquet(root / f"{name}.parquet") for name in TABLES}
+            laws = json.loads((root / "sweep.json").read_text())["laws"]
         except Exception as error:
-            raise ValueError(f"sweep: run {parent} has no analysis yet; run `headway analyze` first") from error
-        tables = {name: pd.read_parquet(root / f"{name}.parquet") for name in TABLES}
-        laws = json.loads((root / "sweep.json").read_text())["laws"]
+            hint = "run `headway analyze` first"
+            raise ValueError(f"sweep: run {parent} has no analysis yet, or one of an older version; {hint}") from error
     return Analysis(**tables, laws=laws)
 
 

@@ -94,11 +94,12 @@ def _grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.flat[:count])
 
 
-def draw_survival(panels: Sequence[tuple[str, Sequence[Stairs]]], last: float, unit: str) -> Figure:
-    """The share of members or heads that have not emerged yet against step, one panel a series, one line a width."""
+def draw_survival(panels: Sequence[tuple[str, Sequence[Stairs], float]], unit: str) -> Figure:
+    """The share of members or heads that have not emerged yet against step, one line a width; one panel a series, with
+    its name and the last step of its runs."""
     figure, axes = _grid(len(panels), 2.9)
-    widths = sorted({stairs.width for _, lines in panels for stairs in lines})
-    for ax, (name, lines) in zip(axes, panels, strict=True):
+    widths = sorted({stairs.width for _, lines, _ in panels for stairs in lines})
+    for ax, (name, lines, last) in zip(axes, panels, strict=True):
         for stairs in lines:
             colour = width_colour(stairs.width, widths)
             x = np.concatenate(([0.5], stairs.times, [last]))
@@ -109,7 +110,7 @@ def draw_survival(panels: Sequence[tuple[str, Sequence[Stairs]]], last: float, u
             ax.fill_between(x, low, high, step="post", color=colour, alpha=0.13, lw=0)
         ax.set_ylim(0, 1.02)
         ax.set_title(plain(name), fontsize=9.5, loc="left", color=INK)
-        step_axis(ax, last)
+        step_axis(ax, max(end for *_, end in panels))
         ax.set_xlabel("")
     for ax in axes[-3:]:
         ax.set_xlabel("training step (log scale)", fontsize=9.5)
@@ -123,7 +124,7 @@ def draw_lines(lines: Sequence[Line], widths: Sequence[float], titles: tuple[str
     figure, ((share, time, matter),) = new_figure(1, 3, 4.6)
     fine = np.geomspace(min(widths), max(widths), 60)
     for rank, line in enumerate(lines):
-        colour, shift = COLOURS[rank % len(COLOURS)], 2 ** (0.09 * (rank - (len(lines) - 1) / 2))
+        colour, shift = COLOURS[rank % len(COLOURS)], 2 ** (0.05 * (rank - (len(lines) - 1) / 2))
         for ax, estimates, fitted in (
             (share, line.share, line.fitted_share), (time, line.time, line.fitted_time), (matter, line.matter, None),
         ):  # fmt: skip
@@ -145,10 +146,14 @@ def draw_lines(lines: Sequence[Line], widths: Sequence[float], titles: tuple[str
         ax.set_xlabel("width (log scale)", fontsize=9.5)
         ax.set_title(title, fontsize=9.5, loc="left", color=INK)
     share.set_ylim(0, 1.03)
-    time.set_yscale("log")
-    time.yaxis.set_major_locator(LogLocator(subs=TICKS))
-    time.yaxis.set_major_formatter(FuncFormatter(count_text))
-    time.yaxis.set_minor_locator(NullLocator())
+    if any(np.isfinite(each.value) for line in lines for each in line.time):
+        time.set_yscale("log")
+        time.yaxis.set_major_locator(LogLocator(subs=TICKS))
+        time.yaxis.set_major_formatter(FuncFormatter(count_text))
+        time.yaxis.set_minor_locator(NullLocator())
+    else:
+        time.set_yticks([])
+        time.annotate("no member has a detector", (0.5, 0.5), xycoords="axes fraction", ha="center", color=INK)
     time.set_ylabel("training step (log scale)", fontsize=9.5)
     matter.set_ylim(0, None)
     figure.legend(frameon=False, fontsize=8.5, loc="outside lower left", ncols=2)
@@ -192,7 +197,7 @@ def draw_tails(plots: Sequence[TailPlot]) -> Figure:
         ax.axvline(tail.xmin, color=GREY, lw=0.8)
         ax.set_xscale("log")
         ax.set_yscale("log")
-        ax.set_ylim(0.4 / len(tail.times), 1.3)
+        ax.set_ylim(0.7 * float(tail.survival.min()), 1.3)
         ax.set_title(plain(tail.title), fontsize=9, loc="left", color=INK)
         ax.set_xlabel("time over the width's median", fontsize=9.5)
     axes[0].set_ylabel("share of heads later than this", fontsize=9.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from cluster import claims, law_figures
 from cluster.figures import COLOURS, Array
 from cluster.intervals import CONFIDENCE
 from cluster.law_figures import Estimate, Line, Scaled, Spread, Stairs, TailPlot
-from cluster.laws import HEADS, MEMBERS, Law, Series, detector_curves
+from cluster.laws import HEADS, MEMBERS, RATE, Law, Series, detector_curves, power_laws
 from cluster.page import Section, take_picture
 from probes.emergence import LEVEL_LIFT
 
 EXPONENT = ("relaxation", "relaxation_low", "relaxation_high")
+FEWEST = 3  # exponents that are drawn
 LINES = 12  # series that are put into words
 SURVIVAL, TAILS, COLLAPSES = 6, 3, 2  # series that are drawn
 LAW_PANELS = 3 + SURVIVAL + 1 + TAILS + 2 * COLLAPSES
@@ -37,7 +38,7 @@ class LawSections:
     folder: Path
     laws: Sequence[Law]
     series: Mapping[str, Series]
-    last: float
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def all(self) -> list[Section]:
         """In the order of the page; none without a series."""
@@ -59,6 +60,9 @@ class LawSections:
     def widths(self) -> Section:
         """Whether and when, side by side."""
         first = [claims.verdict(self.laws, endpoint) for endpoint in (MEMBERS, HEADS)]
+        swept = sorted({rate for each in self.series.values() if RATE in each.members for rate in each.members[RATE]})
+        first += [claims.rates_line(found, swept) for found in self.laws if found["rates"]]
+        first += [f"{name}: could not be worked out: {cause}" for name, cause in self.failed.items()]
         section = self.section(
             "Laws of width",
             "Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, taken as "
@@ -73,12 +77,12 @@ class LawSections:
         widths = sorted({width for found in shown for width in found["widths"]})
         if len(widths) > 1:
             caption = (
-                f"Left: share of a member's heads that rose (mean and {CONFIDENCE:.0%} interval over members; lines: "
-                "the fitted share that ever emerges). Middle: geometric mean of the level of the best detectors, with "
-                "its interval (lines: fitted laws, where there are any). Right: heads a member whose looking matters. "
-                "Series stand a little apart so that they can be told."
+                f"Left: share of a member's heads with a level (mean and {CONFIDENCE:.0%} interval over members; "
+                "lines: the fitted share that ever emerges). Middle: geometric mean of the level of best detectors, "
+                "with its interval (lines: fitted laws, where there are any). Right: heads a member whose looking "
+                "matters. Series stand a little apart so that they can be told."
             )
-            titles = ("heads that rose", "level of the best detector", "heads that matter")
+            titles = ("heads with a level", "level of the best detector", "heads that matter")
             figure = law_figures.draw_lines([line_of(found) for found in shown], widths, titles)
             self.draw(section, "laws", figure, caption, "Share, time and heads that matter against width")
         return section
@@ -87,8 +91,8 @@ class LawSections:
         """Kaplan-Meier curves of heads."""
         section = self.section(
             "Heads that have not emerged yet",
-            "Kaplan-Meier curves of the level over all heads: a curve that ends on a plateau says that some heads "
-            "never get there, one that moves to the left says that they do so earlier.",
+            "Kaplan-Meier curves of the level over all heads. Where a curve ends is the share that had not got there "
+            "when the runs ended, whether they never will or are late; curves further to the left are of earlier ones.",
             claims.survival_line,
         )
         panels = []
@@ -98,13 +102,13 @@ class LawSections:
                 Stairs(width, *(numbers(curve[key]) for key in ("times", "survival", "low", "high")))
                 for width, curve in curves.items()
             ]
-            panels += [(claims.named(found), stairs)] if stairs else []
+            panels += [(claims.named(found), stairs, found["last"])] if stairs else []
         if panels:
             caption = (
                 f"Steps: share of heads that have not reached lift {LEVEL_LIFT:g}. Bands: {CONFIDENCE:.0%} intervals "
-                "by a jackknife over members, point by point."
+                "by a jackknife over independent members (or seeds), point by point."
             )
-            figure = law_figures.draw_survival(panels, self.last, "heads")
+            figure = law_figures.draw_survival(panels, "heads")
             self.draw(section, "survival", figure, caption, "Survival curves of heads by width")
         return section
 
@@ -118,18 +122,17 @@ class LawSections:
             claims.relaxation_line,
         )
         told = max(self.laws, key=lambda found: int(found["relaxation"]["told"]))
-        if not told["relaxation"]["told"]:
+        if told["relaxation"]["told"] < FEWEST:
             return section
-        heads = self.series[told["series"]].heads
-        heads = heads[heads["status"].isin(("emerged", "growing")) & (heads["relaxation_refusal"] == "")]
+        heads = power_laws(self.series[told["series"]].heads)
         widths = sorted(heads["width"].unique().tolist())
         groups = [
             Spread(width, *(heads.loc[heads["width"] == width, name].to_numpy(float) for name in EXPONENT))
             for width in widths
         ]
         caption = (
-            f"Exponents that stand, in the series with most of them ({claims.named(told)}), sorted within each width; "
-            f"bars: {CONFIDENCE:.0%} profile intervals; black: median."
+            f"Exponents of heads that prefer a power law, in the series with most of them ({claims.named(told)}), "
+            f"sorted within each width; bars: {CONFIDENCE:.0%} profile intervals; black: median."
         )
         figure = law_figures.draw_exponents(groups, claims.named(told), "exponent a (log scale)")
         self.draw(section, "exponents", figure, caption, "Relaxation exponents of heads with intervals")
@@ -140,7 +143,8 @@ class LawSections:
         section = self.section(
             "Late heads",
             "Is the distribution of times heavy-tailed? Levels of heads that have one, over the median of their width; "
-            "Clauset, Shalizi and Newman's maximum likelihood, p by bootstrap over members.",
+            "Clauset, Shalizi and Newman's maximum likelihood, p by bootstrap over independent members or seeds. A "
+            "bend near the end of the runs may be owed to that, and is then not held against a power law.",
             claims.tail_line,
         )
         plots = [

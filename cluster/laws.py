@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,15 @@ from cluster.intervals import log_mean_interval, mean_interval
 from probes.collapse import Collapse, collapse
 from probes.emergence import STEP_ZERO
 from probes.scaling import WidthLaw, censored_regression, fit_width_law
-from probes.survival import SurvivalCurve, kaplan_meier, log_rank_scores, permutation_test
+from probes.survival import kaplan_meier, log_rank_scores, permutation_test
 from probes.tails import fit_tail
 
 RATE = "train.learning_rate"
 BEST = "each width's best learning rate"
+STAYED = ("emerged", "growing")
+FIGURE = r"\d+(?:\.\d+)?"  # reasons are counted whatever figures they hold
 DRAWN = 400  # points of a curve that are kept for figures
+NEAR_END = 1 / 3  # a largest time this near to the end of the runs may owe its bend to that
 MEMBERS, HEADS = "member_level", "head_level"  # endpoints: the level of best detectors, that of every head
 Law = Mapping[str, Any]
 """Plain form of what `laws_of` finds, as in sweep.json."""
@@ -35,13 +38,14 @@ Law = Mapping[str, Any]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
     """Finished members that are compared along width, their heads on the judged relation, and the lift curves of their
-    best detectors. cluster: the column that names independent units."""
+    best detectors. cluster: the column that names independent units; rates: where it is of best ones, by width."""
 
     name: str
     cluster: str
     members: pd.DataFrame
     heads: pd.DataFrame
     curves: pd.DataFrame
+    rates: Mapping[float, float] = field(default_factory=dict)
 
     @property
     def widths(self) -> list[float]:
@@ -58,18 +62,21 @@ def series_of(
     if finished.empty or own.empty:
         return []
 
-    def make(name: str, some: pd.DataFrame) -> Series:
+    def make(name: str, some: pd.DataFrame, rates: Mapping[float, float] | None = None) -> Series:
         heads, lines = (
             table[table["member_id"].isin(some["member_id"])] if len(table) else table for table in (own, curves)
         )
-        return Series(name=name, cluster=cluster, members=some, heads=heads, curves=lines)
+        return Series(name=name, cluster=cluster, members=some, heads=heads, curves=lines, rates=rates or {})
 
     others = [name for name in axes if name != "width"]
     found = [make(label(others, key), group) for key, group in _groups(finished, others)]
     if RATE in others and finished[RATE].nunique() > 1:
         rest = [name for name in others if name != RATE]
-        for key, group in _groups(finished, rest):
-            found.append(make(", ".join(filter(None, (BEST, label(rest, key)))), at_best_rate(group)))
+        for key, group in _groups(members[members["outcome"].isin(("finished", "diverged"))], rest):
+            rates = best_rates(group)
+            chosen = group[(group["outcome"] == "finished") & (group[RATE] == group["width"].map(rates))]
+            if len(chosen):
+                found.append(make(", ".join(filter(None, (BEST, label(rest, key)))), chosen, rates))
     return found
 
 
@@ -86,11 +93,12 @@ def _groups(table: pd.DataFrame, names: Sequence[str]) -> Iterator[tuple[tuple[A
         yield tuple(key), group
 
 
-def at_best_rate(members: pd.DataFrame) -> pd.DataFrame:
-    """Of each width the members at the rate of least median validation loss at the end."""
-    losses = members.groupby(["width", RATE])["validation_loss"].median()
-    best = {width: losses[width].idxmin() for width in members["width"].unique()}
-    return members[members[RATE] == members["width"].map(best)]
+def best_rates(members: pd.DataFrame) -> dict[float, float]:
+    """By width the rate of least median validation loss at the end; that of a member that diverged is infinite."""
+    losses = members["validation_loss"].where(members["outcome"] == "finished").fillna(math.inf)
+    medians = losses.groupby([members["width"], members[RATE]]).median()
+    best = {width: medians[width] for width in sorted(members["width"].unique().tolist())}
+    return {width: float(of_rate.idxmin()) for width, of_rate in best.items() if math.isfinite(of_rate.min())}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +140,14 @@ def _times(series: Series, table: pd.DataFrame, level: NDArray[np.float64], last
     )
 
 
+def laws_or_cause(series: Series) -> Law:
+    """All laws of one series; where that fails the cause, so that no series takes the others with it."""
+    try:
+        return laws_of(series)
+    except Exception as error:
+        return {"series": series.name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
 def laws_of(series: Series) -> Law:
     """All laws of one series, as plain numbers, texts and lists."""
     found: dict[str, Any] = {
@@ -140,6 +156,9 @@ def laws_of(series: Series) -> Law:
         "heads": len(series.heads),
         "clusters": int(series.members[series.cluster].nunique()),
         "widths": series.widths,
+        "unit": "seed" if series.cluster == "seed" else "member",
+        "last": float(series.members["last_step"].max()),
+        "rates": {f"{width:g}": rate for width, rate in series.rates.items()},
     }
     for name, times in ((MEMBERS, member_times(series)), (HEADS, head_times(series))):
         found[name] = {
@@ -149,12 +168,14 @@ def laws_of(series: Series) -> Law:
                 times.width, log_rank_scores(times.time, times.status.tolist()), times.cluster
             ),
             "survival": {f"{width:g}": _survival(times, width) for width in series.widths},
+            "never_clusters": int(np.unique(times.cluster[times.status == "never"]).size),
+            "never_widths": int(np.unique(times.width[times.status == "never"]).size),
         }
     found[MEMBERS]["observed"] = {f"{width:g}": _level(series, width) for width in series.widths}
     found["share"] = {f"{width:g}": _share(series, width) for width in series.widths}
     found["matter"] = {f"{width:g}": _matter(series, width) for width in series.widths}
     found["relaxation"] = exponents(series)
-    found["tail"] = tail_of(head_times(series))
+    found["tail"] = tail_of(series)
     found["collapse"] = collapse_of(series)
     return plain(found)  # type: ignore[no-any-return]
 
@@ -163,9 +184,11 @@ def _with_preferred(law: WidthLaw) -> dict[str, Any]:
     return {**dataclasses.asdict(law), "preferred": law.preferred}
 
 
-def _survival(times: Times, width: float) -> SurvivalCurve:
+def _survival(times: Times, width: float) -> dict[str, Any]:
     own = times.width == width
-    return kaplan_meier(times.time[own], times.status[own].tolist(), times.cluster[own])
+    curve = dataclasses.asdict(kaplan_meier(times.time[own], times.status[own].tolist(), times.cluster[own]))
+    shown = np.unique(np.linspace(0, max(len(curve["times"]) - 1, 0), DRAWN).astype(int))
+    return {name: part[shown] if isinstance(part, np.ndarray) and len(part) else part for name, part in curve.items()}
 
 
 def _level(series: Series, width: float) -> tuple[float, float, float]:
@@ -174,9 +197,9 @@ def _level(series: Series, width: float) -> tuple[float, float, float]:
 
 
 def _share(series: Series, width: float) -> tuple[float, float, float]:
-    """Of a member's heads that rose, mean and interval over members."""
+    """Of a member's heads that have a level, mean and interval over members."""
     own = series.heads[series.heads["width"] == width]
-    middle, low, high = mean_interval((own["status"] != "never").groupby(own["member_id"]).mean().tolist())
+    middle, low, high = mean_interval(own["level"].notna().groupby(own["member_id"]).mean().tolist())
     return middle, max(low, 0.0), min(high, 1.0)
 
 
@@ -187,9 +210,9 @@ def _matter(series: Series, width: float) -> tuple[float, float, float]:
 
 def exponents(series: Series) -> dict[str, Any]:
     """How risen heads approach their plateaus: which law is preferred, why exponents are refused, and whether widths
-    share one exponent (members dealt out anew to widths)."""
-    risen = series.heads[series.heads["status"].isin(("emerged", "growing"))]
-    told = risen[risen["relaxation_refusal"] == ""]
+    share one exponent (members dealt out anew to widths). Exponents are of heads that prefer a power law."""
+    risen, told = series.heads[series.heads["status"].isin(STAYED)], power_laws(series.heads)
+    refused = risen.loc[risen["relaxation_refusal"] != "", "relaxation_refusal"]
     test: Any = None
     if told["width"].nunique() > 1:
         test = permutation_test(told["width"], np.log(told["relaxation"]), told[series.cluster], statistic="spread")
@@ -199,10 +222,16 @@ def exponents(series: Series) -> dict[str, Any]:
         "members": int(told["member_id"].nunique()),
         "preferred": risen["relaxation_law"].value_counts().to_dict(),
         "growth": risen["growth_law"].value_counts().to_dict(),
-        "refusals": risen.loc[risen["relaxation_refusal"] != "", "relaxation_refusal"].value_counts().to_dict(),
-        "by_width": {f"{width:g}": mean_interval(_by_member(group)) for width, group in told.groupby("width")},
+        "refusals": refused.str.replace(FIGURE, "…", regex=True).value_counts().to_dict(),
+        "by_width": {f"{width:g}": log_mean_interval(_by_member(group)) for width, group in told.groupby("width")},
         "one_value": test,
     }
+
+
+def power_laws(heads: pd.DataFrame) -> pd.DataFrame:
+    """Heads that rose and stayed, prefer a power law and have its exponent."""
+    stands = (heads["relaxation_refusal"] == "") & (heads["relaxation_law"] == "power")
+    return heads[stands & heads["status"].isin(STAYED)]
 
 
 def _by_member(told: pd.DataFrame) -> list[float]:
@@ -210,41 +239,55 @@ def _by_member(told: pd.DataFrame) -> list[float]:
     return told.groupby("member_id")["relaxation"].median().tolist()
 
 
-def tail_of(times: Times) -> dict[str, Any]:
-    """The tail of heads' levels over the median of their width; of heads that get there."""
-    kept = times.status == "emerged"
-    scaled = times.time.copy()
-    for width in np.unique(times.width[kept]):
-        own = kept & (times.width == width)
-        scaled[own] /= np.median(times.time[own])
-    tail = fit_tail(scaled[kept], clusters=times.cluster[kept])
+def tail_of(series: Series) -> dict[str, Any]:
+    """The tail of heads' levels over the median of their width; heads that rose and did not get there are censored.
+
+    Heads that come after the runs' end and show no rise by then are missing, which bends the tail down: a bend is held
+    against the power law only where the largest time is far from the end.
+    """
+    heads = series.heads[series.heads["level"].notna() | series.heads["status"].ne("never")]
+    last = heads["member_id"].map(series.members.set_index("member_id")["last_step"])
+    median = heads.groupby("width")["level"].transform("median")
+    known = heads["level"].notna().to_numpy()
+    times = (heads["level"].clip(lower=STEP_ZERO).fillna(last) / median).to_numpy(float)
+    kept = np.isfinite(times)
+    tail = fit_tail(times[kept], censored=~known[kept], clusters=heads[series.cluster].to_numpy()[kept])
     found = {**dataclasses.asdict(tail), "verdict": tail.verdict, "heads": int(kept.sum())}
     if tail.refusal:
         return found
-    curve = kaplan_meier(scaled[kept], times.status[kept].tolist(), times.cluster[kept])
-    shown = np.unique(np.linspace(0, len(curve.times) - 1, min(DRAWN, len(curve.times))).astype(int))
-    return {**found, "times": curve.times[shown], "survival": curve.survival[shown]}
+    end = float((last / median).min())
+    if tail.verdict == "not a power law" and times[known].max() > NEAR_END * end:
+        found["verdict"] = "undecided"
+    order = np.sort(times[known])
+    above = 1 - (np.arange(len(order)) + 0.5) / len(order)
+    even = np.geomspace(above[-1], above[0], DRAWN)  # evenly in the logarithm of what is drawn
+    shown = np.unique(np.searchsorted(-above, -even[::-1]).clip(max=len(order) - 1))
+    return {**found, "end": end, "times": order[shown], "survival": above[shown]}
 
 
 def collapse_of(series: Series) -> dict[str, Any]:
     """Whether the lift of best detectors is one curve of step x width^g, from a tenth of the least median level on."""
-    levels = series.members.groupby("width")["level"].median()
+    levels, shared = series.members.groupby("width")["level"].median(), series.cluster == "seed"
     lines, window = detector_curves(series), (0.1 * levels.min(), float(series.members["last_step"].max()))
+    if shared and lines:
+        seeds = set.intersection(*(set(curve.index) for curve in lines.values()))
+        lines = {width: curve.loc[sorted(seeds)] for width, curve in lines.items()}
     if len(lines) < 2 or not window[0] < window[1]:
         return dataclasses.asdict(Collapse(leave_one_out=np.ones(0), refusal="fewer than 2 widths with detectors"))
     steps = next(iter(lines.values())).columns.to_numpy(float)
-    found = collapse(list(lines), steps, [curve.to_numpy() for curve in lines.values()], window=window)
+    curves = [curve.to_numpy() for curve in lines.values()]
+    found = collapse(list(lines), steps, curves, window=window, shared=shared)
     return {**dataclasses.asdict(found), "window": window, "members": sum(map(len, lines.values()))}
 
 
 def detector_curves(series: Series) -> dict[float, pd.DataFrame]:
-    """Lift of members' best detectors by width: a row a member, a column a step above 0."""
+    """Lift of members' best detectors by width: a row a member, or a seed where these are shared; a column a step."""
     if series.curves.empty:
         return {}
     kept = series.curves[series.curves["step"] > 0]
     tables = {width: kept[kept["width"] == width] for width in sorted(kept["width"].unique().tolist())}
     return {
-        width: table.pivot_table(index="member_id", columns="step", values="lift") for width, table in tables.items()
+        width: table.pivot_table(index=series.cluster, columns="step", values="lift") for width, table in tables.items()
     }
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cluster import figures
 from cluster import findings as say
 from cluster.analysis import DETECTOR_LIFT, Analysis, series_of_sweep
-from cluster.claims import law_rows
+from cluster.claims import law_rows, sound_laws
 from cluster.encoding import encode
 from cluster.figures import COLOURS, Portrait, Run
 from cluster.findings import Point, evenly
@@ -177,7 +177,7 @@ def render(
     )
     lines = [(point.label, say.point_line(point, relation)) for point in evenly(points, say.LINES)]
     tables = [make(sweep, analysis) for make in (say.width_rows, say.head_rows, say.member_rows, say.lost_rows)]
-    tables.insert(0, law_rows(analysis.laws))
+    tables.insert(0, law_rows(sound_laws(analysis.laws)))
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         system=type(sweep.system).__name__,
@@ -204,8 +204,8 @@ def render(
 def across(folder: Path, sweep: Sweep, analysis: Analysis) -> list[Section]:
     """The sections on what holds across the sweep."""
     series = {each.name: each for each in series_of_sweep(sweep, analysis)}
-    last = max((float(each.members["last_step"].max()) for each in series.values()), default=0.0)
-    return LawSections(folder=folder, laws=analysis.laws, series=series, last=last).all()
+    failed = {str(law["series"]): str(law["failed"]) for law in analysis.laws if "failed" in law}
+    return LawSections(folder=folder, laws=sound_laws(analysis.laws), series=series, failed=failed).all()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
