@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from scipy.special import stdtrit
 
 from probes.cure import Array, Mask, check_confidence
+from probes.words import counted
 
 MIN_WIDTHS, MIN_MEMBERS, MIN_POINTS = 3, 4, 8
 LEAST_OVERLAP = 0.5  # share of the points that other widths must reach, or the exponent is not searched
@@ -143,11 +144,11 @@ def _checked(
 def _too_little(scores: list[Array], inside: Mask) -> str:
     members = min(len(values) for values in scores)
     if len(scores) < MIN_WIDTHS:
-        return f"{len(scores)} widths, fewer than {MIN_WIDTHS}"
+        return f"{counted(len(scores), 'width')}, fewer than {MIN_WIDTHS}"
     if members < MIN_MEMBERS:
-        return f"{members} members at a width, fewer than {MIN_MEMBERS}"
+        return f"{counted(members, 'member')} at a width, fewer than {MIN_MEMBERS}"
     if inside.sum() < MIN_POINTS:
-        return f"{int(inside.sum())} steps in the window, fewer than {MIN_POINTS}"
+        return f"{counted(int(inside.sum()), 'step')} in the window, fewer than {MIN_POINTS}"
     if any((values.std(axis=0) <= 1e-12 * np.abs(values).max(axis=0)).all() for values in scores):
         return "members of a width do not differ: no errors to judge a collapse by"
     return ""

@@ -297,6 +297,7 @@ def cluster_error(fit: Fit, contrast: Array) -> tuple[float, float]:
     enlarged = np.einsum("gij,gj,gkj,k->gi", turn, np.maximum(kept, LEAST_KEPT) ** -0.5, turn, aim)
     error = float(np.sqrt(((enlarged * (fit.score @ white)).sum(axis=1) ** 2).sum()))
     bent = np.einsum("gij,gj->gi", share, enlarged)
-    covariance = np.diag((enlarged * bent).sum(axis=1)) - bent @ bent.T
-    freedom = float(np.trace(covariance) ** 2 / (covariance**2).sum())
+    own, length = (enlarged * bent).sum(axis=1), (bent**2).sum(axis=1)  # covariance [G, G]: diag(own) - bent bent'
+    trace = (own - length).sum()
+    freedom = float(trace**2 / ((own * (own - 2.0 * length)).sum() + ((bent.T @ bent) ** 2).sum()))
     return error, min(max(freedom, 1.0), len(share) - 1.0)

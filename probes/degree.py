@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from probes.inference import gls
 from probes.relaxation import Relaxation
 from probes.windows import Array
+from probes.words import counted
 
 MIN_POINTS = 8
 MIN_DECADES = 1.0  # of the gap, or of |x|
@@ -82,7 +83,8 @@ def drift(time: ArrayLike, value: ArrayLike, fit: Relaxation, window: tuple[floa
     """Slope of the drift over `window`, from secants between means over quarter decades of t - t0.
 
     `time [T]`, `value [T]` or `[R, T]`, `fit` of the same curve. A check of the fit, not a second estimate of k: the
-    slope and 1 + 1/a are the same information, and agree for any power law, whatever the score is of x.
+    slope and 1 + 1/a are the same information, and agree for any power law, whatever the score is of x. Refused where
+    the fit is, for probes in fewer than 2 quarter decades, and for under 3 secants that fall.
     """
     times, values = np.asarray(time, dtype=np.float64), np.atleast_2d(np.asarray(value, dtype=np.float64)).mean(axis=0)
     if times.ndim != 1 or times.shape != values.shape:
@@ -92,18 +94,21 @@ def drift(time: ArrayLike, value: ArrayLike, fit: Relaxation, window: tuple[floa
         return Drift(slope=nan, expected=nan, refusal=fit.refusal)
     start, end = window or (times[0], times[-1])
     inside = (times >= start) & (times <= end) & (times > fit.t0)
-    times, gaps = times[inside] - fit.t0, np.abs(fit.s_inf - values[inside])
+    times, gaps, expected = times[inside] - fit.t0, np.abs(fit.s_inf - values[inside]), 1.0 + 1.0 / fit.exponent
+    if not times.size:
+        return Drift(slope=nan, expected=expected, refusal="no probe in the window")
     block = np.floor(BLOCKS_PER_DECADE * np.log10(times / times[0]) + 1e-9).astype(np.intp)
-    count = np.maximum(np.bincount(block), 1)
-    t, gap = (np.bincount(block, weights=x) / count for x in (np.log(times), gaps))
+    count = np.bincount(block)
+    held = count > 0
+    if held.sum() < 2:
+        return Drift(slope=nan, expected=expected, refusal="all probes of the window lie within a quarter decade")
+    t, gap = (np.bincount(block, weights=x)[held] / count[held] for x in (np.log(times), gaps))
     speed, middle = -np.diff(gap) / np.diff(np.exp(t)), 0.5 * (gap[1:] + gap[:-1])
     falling = (speed > 0.0) & (middle > 0.0)
     if falling.sum() < 3:
-        return Drift(
-            slope=nan, expected=1.0 + 1.0 / fit.exponent, refusal="the curve nears its plateau in under 3 steps"
-        )
+        return Drift(slope=nan, expected=expected, refusal="the curve nears its plateau in under 3 steps")
     slope = float(np.polyfit(np.log(middle[falling]), np.log(speed[falling]), 1)[0])
-    return Drift(slope=slope, expected=1.0 + 1.0 / fit.exponent, refusal="")
+    return Drift(slope=slope, expected=expected, refusal="")
 
 
 def degree_from_gradient(
@@ -114,22 +119,22 @@ def degree_from_gradient(
     `loss [T]` and `gradient [T]` (norms) in the order of training, which may be by any optimiser. `end`, the loss at
     the minimum, is profiled together with theta unless given: from 1e-12 to 10 ranges of the loss below its least.
     Noise of log |grad L| is AR(1) along the order. Refused at an edge of these, for values that are not finite, for
-    under 8 points above the end, under a decade of L - end, a bent line, or theta outside (0, 1).
+    under 8 points above the end, a constant loss, under a decade of L - end, a bent line, or theta outside (0, 1).
 
     Not guaranteed: of several directions the one with the largest gradient is seen.
     """
     losses, gradients = _pair("loss", loss, "gradient", gradient, confidence)
     if not (np.isfinite(losses).all() and np.isfinite(gradients).all() and (gradients > 0.0).all()):
         return _refused(GRADIENT, "loss or gradient is not finite, or a gradient is 0")
-    if losses.size < MIN_POINTS or np.ptp(losses) == 0.0:
-        return _refused(GRADIENT, f"{losses.size} points, under {MIN_POINTS}, or a constant loss")
+    above = ""
     if end is not None:
-        keep = losses > end
-        losses, gradients, ends = losses[keep], gradients[keep], np.array([end], dtype=np.float64)
-    else:
-        ends = _ends(losses, gradients, confidence)
+        keep, above = losses > end, " above the end"
+        losses, gradients = losses[keep], gradients[keep]
     if losses.size < MIN_POINTS:
-        return _refused(GRADIENT, f"{losses.size} points above the end, under {MIN_POINTS}")
+        return _refused(GRADIENT, f"{counted(losses.size, 'point')}{above}, under {MIN_POINTS}")
+    if np.ptp(losses) == 0.0:
+        return _refused(GRADIENT, f"the loss is constant{above}")
+    ends = _ends(losses, gradients, confidence) if end is None else np.array([end], dtype=np.float64)
     x, y = np.log(losses - ends[:, None]), np.log(gradients)
     best, bounds = _profiled_slope(x, y, confidence)
     if ends.size > 1 and best in {0, ends.size - 1}:
@@ -210,7 +215,7 @@ def degree_from_profile(x: ArrayLike, loss: ArrayLike, *, floor: float = 0.0, co
     order = np.lexsort((np.abs(places[keep]), places[keep] > 0.0))
     places, gap = places[keep][order], gap[keep][order]
     if places.size < MIN_POINTS:
-        return _refused(PROFILE, f"{places.size} points above the floor, under {MIN_POINTS}")
+        return _refused(PROFILE, f"{counted(places.size, 'point')} above the floor, under {MIN_POINTS}")
     distance, rise = np.log(np.abs(places)), np.log(gap)
     for sign in np.unique(np.sign(places)):
         reason = _weakness(distance[np.sign(places) == sign], rise[np.sign(places) == sign], "|x|", lambda k: k)

@@ -27,8 +27,9 @@ MIN_DECADES = 1.0  # of raw time in a window, asked of the power law
 class Growth:
     """The rise of one curve up to t50; times in the unit of `time`.
 
-    `preferred` is found as in `probes.relaxation.Relaxation`. `law` is the law that was asked for, else the preferred
-    one, and `value` is its parameter: lambda (per unit of time), b, or a = 1 / (k - 2).
+    `preferred` is found as in `probes.relaxation.Relaxation`: "undecided" where the power law is best but refused.
+    `law` is the law that was asked for, else the best one (so it may be a power law that is refused), and `value` is
+    its parameter: lambda (per unit of time), b, or a = 1 / (k - 2).
     """
 
     preferred: Name
@@ -163,11 +164,12 @@ def _growths(
                 refusals[i] = reason
             for name, column in _numbers(law, some, fit, start[mine], reasons, confidence).items():
                 numbers[name][mine] = column
+    preferred = _preferred(windows, compared)
     if not windows.free_level:
         numbers["baseline"] = cut.baselines[rows]
     return [
         Growth(
-            preferred=cast(Name, compared.preferred[i]),
+            preferred=preferred[i],
             law=chosen[i],
             decades=float(np.log10(span[i])),
             probes=int(windows.count[i]),
@@ -177,6 +179,19 @@ def _growths(
         )
         for i in range(size)
     ]
+
+
+def _preferred(windows: Windows, compared: Compared) -> list[Name]:
+    """The law preferred of each curve; none in place of a power law that is refused, whatever was asked for."""
+    names = [cast(Name, name) for name in compared.preferred]
+    mine = np.flatnonzero([name == "power" for name in names])
+    for law in FAMILIES if mine.size else ():
+        if law.name == "power":
+            some = windows.take(mine)
+            reasons = _reasons(law, some, settle(some, law, compared.fits[law.name].take(mine)))
+            for i in mine[[bool(reason) for reason in reasons]]:
+                names[i] = "undecided"
+    return names
 
 
 def _reasons(law: Law, windows: Windows, fit: Fit) -> list[str]:

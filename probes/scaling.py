@@ -30,6 +30,7 @@ from probes.cure import (
     maximise,
     model,
 )  # fmt: skip
+from probes.words import counted, named
 
 MIN_WIDTHS = 3
 MIN_CLUSTERS = 4
@@ -146,7 +147,8 @@ def fit_width_law(
 
     Not guaranteed: `never` is told from late by the shape of log t alone. Where runs end while many heads are still to
     come, another shape than the normal moves share and exponent. Few widths over less than a decade seldom tell a
-    power of width from an exponential.
+    power of width from an exponential. Heads `at_start` far to the left of the others widen sigma and pull g: one of
+    256 took g from 0.54 to 0.29 in one draw.
 
     Raises ValueError, naming argument, value and what is allowed, for unequal lengths, widths or times that are not
     above 0, unknown status words, or confidence outside (0, 1). Source: Farewell 1982, doi:10.2307/2529885.
@@ -155,7 +157,7 @@ def fit_width_law(
     heads = checked(width, time, status, cluster)
     every = np.ones(heads.width.size, dtype=np.bool_)
     share, certain, separated = _share_columns(heads, every)
-    refusal = _too_little(heads) or ("" if share is not None else "a width without events: share at its edge")
+    refusal = _too_little(heads) or ("" if share is not None else _none_emerges(heads))
     if refusal or share is None:
         return _refused(heads, confidence, refusal)
     x = _centred(heads)
@@ -201,16 +203,23 @@ def _too_little(heads: Heads) -> str:
     """Why these heads cannot carry a law; empty if they may."""
     widths, event = np.unique(heads.width), heads.event
     if widths.size < MIN_WIDTHS:
-        return f"{widths.size} widths, fewer than {MIN_WIDTHS}"
+        return f"{counted(widths.size, 'width')}, fewer than {MIN_WIDTHS}"
     if not event.any():
-        return "no event: all heads are censored"
+        return "no event: none is seen to emerge"
     if heads.clusters < MIN_CLUSTERS:
-        return f"{heads.clusters} clusters, fewer than {MIN_CLUSTERS}"
+        return f"{counted(heads.clusters, 'cluster')}, fewer than {MIN_CLUSTERS}"
     members = [np.unique(heads.cluster[event & (heads.width == w)]).size for w in widths]
     enough = sum(count >= MIN_MEMBERS for count in members)
     if enough < MIN_WIDTHS:
-        return f"too few events: {enough} widths have them in {MIN_MEMBERS} clusters, fewer than {MIN_WIDTHS}"
+        words = f"{counted(enough, 'width')} with some in {MIN_MEMBERS} clusters"
+        return f"too few events: {words}, fewer than {MIN_WIDTHS}"
     return ""
+
+
+def _none_emerges(heads: Heads) -> str:
+    """Names the widths that have nothing but `never`."""
+    widths = np.unique(heads.width)
+    return f"none emerges at {named('width', widths[~np.isin(widths, heads.width[~heads.never])])}"
 
 
 def _refused(heads: Heads, confidence: float, refusal: str) -> WidthLaw:
@@ -310,7 +319,9 @@ def _constant(fit: Fit) -> float:
 def _shares(fit: Fit, separated: bool, confidence: float) -> Shares:
     heads = fit.model.heads
     if separated:
-        return _no_shares(heads, "widths without never separate the shares: their odds have no maximum")
+        some = np.unique(heads.width[heads.never])
+        where = f"only at {named('width', some)}" if some.size else "at no width"
+        return _no_shares(heads, f"how the share depends on width cannot be fitted: {where} do some never emerge")
     widths = np.unique(heads.width)
     x = np.log(widths) - np.log(widths).mean()
     odds = np.array([_interval(fit, fit.at(SHARE, 0) + at * fit.at(SHARE, 1), confidence)[:3] for at in x])
@@ -360,7 +371,7 @@ def _held_out(heads: Heads, confidence: float) -> HeldOut:
     share, certain, _ = _share_columns(heads, ~own)
     share_own, certain_own, _ = _share_columns(heads, own)
     if share is None or share_own is None:
-        return HeldOut(width=largest, refusal="a width without events")
+        return HeldOut(width=largest, refusal=_none_emerges(heads))
     x, one = _centred(heads) - float(_centred(heads).max()), np.ones(own.size)
     if own.all() or np.unique(heads.cluster[own & heads.event]).size < MIN_MEMBERS:
         return HeldOut(width=largest, refusal="too few events at the largest width")

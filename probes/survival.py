@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
-from probes.cure import Array, Index, check_confidence, checked
+from probes.cure import Array, Heads, Index, Mask, check_confidence, checked
+from probes.words import counted
 
 MIN_CLUSTERS = 4
 EXACT = 20_000  # most arrangements that are all gone through
@@ -25,7 +26,7 @@ class SurvivalCurve:
 
     times: Array  # [T] distinct event times, increasing
     survival: Array  # [T]
-    low: Array  # [T]; nan where survival is 0, or is 1 without some single cluster
+    low: Array  # [T]; nan where survival is 0, or is 1 without some single cluster, or no interval was asked for
     high: Array
     at_risk: Array  # [T] heads not emerged or censored before
     events: Array  # [T]
@@ -42,11 +43,12 @@ class PermutationTest:
     arrangements: int = 0  # that were compared, the one seen included
     exact: bool = False  # whether these were all there are
     paired: bool = False
+    left_out: int = 0  # clusters of a paired test that are not at all widths
     refusal: str = ""
 
 
 def kaplan_meier(
-    time: ArrayLike, status: Sequence[str], cluster: ArrayLike | None = None, *, confidence: float = 0.9
+    time: ArrayLike, status: Sequence[str], cluster: ArrayLike | None = None, *, confidence: float | None = 0.9
 ) -> SurvivalCurve:
     """Kaplan-Meier estimate S(t) = prod over event times u <= t of (1 - events(u) / at_risk(u)).
 
@@ -56,31 +58,31 @@ def kaplan_meier(
     plateau: no median may be reached.
 
     Intervals, pointwise: jackknife over clusters of log(-log S), with Student's t on clusters - 1 degrees of freedom.
+    With `confidence` None there are none (nan).
     Not guaranteed: coverage near the ends of the curve, where few clusters have had an event or few heads are left.
 
-    Refused: fewer than 4 clusters, no event. Raises ValueError as `fit_width_law` does.
+    Refused: fewer than 4 clusters (unless `confidence` is None), no event. Raises ValueError as `fit_width_law` does.
     """
-    check_confidence(confidence)
+    if confidence is not None:
+        check_confidence(confidence)
     times = np.asarray(time, dtype=np.float64)
     labels = np.arange(times.size) if cluster is None else cluster
     heads = checked(np.ones(times.shape), times, status, labels)
     event = heads.event | heads.start
-    refusal = "no event: all heads are censored" if not event.any() else ""
-    if heads.clusters < MIN_CLUSTERS:
-        refusal = f"{heads.clusters} clusters, fewer than {MIN_CLUSTERS}"
+    refusal = "no event: none is seen to emerge" if not event.any() else ""
+    if confidence is not None and heads.clusters < MIN_CLUSTERS:
+        refusal = f"{counted(heads.clusters, 'cluster')}, fewer than {MIN_CLUSTERS}"
     if refusal:
         none = np.full(0, NAN)
         return SurvivalCurve(
             times=none, survival=none, low=none, high=none, at_risk=none, events=none, median=NAN, refusal=refusal
         )
     distinct = np.unique(times[event])
-    at_risk, events = (
-        np.stack([np.bincount(heads.cluster, weights=row, minlength=heads.clusters) for row in rows], axis=-1)
-        for rows in (distinct[:, None] <= times, (distinct[:, None] == times) & event)
-    )  # [G, T]
-    total, happened = at_risk.sum(axis=0), events.sum(axis=0)
+    total, happened = _counts(distinct, times, event)
     survival = _product(total, happened)
-    half = stdtrit(heads.clusters - 1, 0.5 * (1 + confidence)) * _error(_product(total - at_risk, happened - events))
+    half = np.full(distinct.size, NAN)
+    if confidence is not None:
+        half = stdtrit(heads.clusters - 1, 0.5 * (1 + confidence)) * _error(distinct, heads, event)
     with np.errstate(divide="ignore", invalid="ignore"):
         odds = np.log(-np.log(survival))
         high, low = (np.exp(-np.exp(odds + sign * half)) for sign in (-1.0, 1.0))
@@ -91,16 +93,39 @@ def kaplan_meier(
     )  # fmt: skip
 
 
+def _counts(distinct: Array, times: Array, event: Mask) -> tuple[Array, Array]:
+    """Heads at risk and events at the `distinct [T]` event times."""
+    at_risk = times.size - np.searchsorted(np.sort(times), distinct)
+    events = np.bincount(np.searchsorted(distinct, times[event]), minlength=distinct.size)
+    return at_risk.astype(np.float64), events.astype(np.float64)
+
+
 def _product(at_risk: Array, events: Array) -> Array:
-    """S `[..., T]`; event times at which nobody is left change nothing."""
+    """S `[T]`; event times at which nobody is left change nothing."""
     return np.asarray(np.cumprod(1.0 - events / np.maximum(at_risk, 1.0), axis=-1))
 
 
-def _error(left_out: Array) -> Array:
-    """Jackknife error `[T]` of log(-log S) from its leave-one-out curves `[G, T]`; nan where one of them is 0 or 1."""
-    inside = ((left_out > 0.0) & (left_out < 1.0)).all(axis=0)
-    odds = np.log(-np.log(np.where(inside, left_out, 0.5)))
-    return np.where(inside, np.sqrt((len(odds) - 1.0) * odds.var(axis=0)), NAN)
+def _error(distinct: Array, heads: Heads, event: Mask) -> Array:
+    """Jackknife error `[T]` of log(-log S) over clusters; nan where S without one of them is 0 or 1."""
+    total, happened = _counts(distinct, heads.time, event)
+    middle, _ = _log_odds(_product(total, happened))  # sums about this lose no digits
+    inside = np.ones(distinct.size, dtype=np.bool_)
+    first, second = np.zeros((2, distinct.size))
+    order = np.argsort(heads.cluster, kind="stable")
+    for own in np.split(order, np.cumsum(np.bincount(heads.cluster))[:-1]):
+        at_risk, events = _counts(distinct, heads.time[own], event[own])
+        odds, finite = _log_odds(_product(total - at_risk, happened - events))
+        inside &= finite
+        first += odds - middle
+        second += (odds - middle) ** 2
+    variance = second / heads.clusters - (first / heads.clusters) ** 2
+    return np.where(inside, np.sqrt((heads.clusters - 1.0) * np.maximum(variance, 0.0)), NAN)
+
+
+def _log_odds(survival: Array) -> tuple[Array, Mask]:
+    """log(-log S) `[T]`, of 1/2 where S is 0 or 1, and where it is neither."""
+    inside = (survival > 0.0) & (survival < 1.0)
+    return np.log(-np.log(np.where(inside, survival, 0.5))), inside
 
 
 def log_rank_scores(time: ArrayLike, status: Sequence[str]) -> Array:
@@ -133,15 +158,16 @@ def permutation_test(
     `log_rank_scores`: a log-rank test. These ask whether widths differ in whether or when; pass log times of the heads
     that emerged to ask for when alone.
     - every cluster at one width (a member): widths are dealt out anew to members, their numbers by width kept;
-    - every cluster at all widths (a seed): `paired`, widths are dealt out anew within each cluster.
+    - more than half of the clusters at all widths (seeds): `paired`, widths are dealt out anew within each of these;
+      clusters that lack a width are left out.
     Statistic: `slope`, of the member values on log width by least squares, two-sided; or `spread`, the sum over widths
     of members x (mean - mean of all)^2. p is the share of arrangements whose |statistic| is not less than the one
     seen: of all where there are at most 20,000; else of `draws` random ones and the one seen, (1 + more) / (1 + draws).
     The p-value is valid if members are exchangeable under no difference, whatever their distribution.
 
-    Refused: fewer than 2 widths, clusters at some but not all widths, fewer than 4 clusters (2 if paired), equal
-    values. Raises ValueError for unequal lengths, widths that are not above 0, values that are not finite, an unknown
-    statistic, or draws below 99.
+    Refused: fewer than 2 widths, most clusters at some but not all widths, fewer than 4 clusters (2 if paired),
+    equal values. Raises ValueError for unequal lengths, widths that are not above 0, values that are not finite, an
+    unknown statistic, or draws below 99.
     """
     widths, labels, values = _members(width, value, cluster)
     if statistic not in ("slope", "spread"):
@@ -150,10 +176,14 @@ def permutation_test(
         raise ValueError(f"draws is {draws!r}; allowed: 99 or more")
     x, group = np.unique(widths, return_inverse=True)
     per_cluster = np.bincount(labels)
-    paired = bool((per_cluster == x.size).all())
+    whole = per_cluster == x.size
+    paired, left_out = bool(2 * whole.sum() > whole.size), 0
+    if paired:
+        kept, left_out = whole[labels], int((~whole).sum())
+        group, labels, values, per_cluster = group[kept], labels[kept], values[kept], per_cluster[whole]
     refusal = _refusal(x.size, per_cluster, paired, values)
     if refusal:
-        return PermutationTest(paired=paired, refusal=refusal)
+        return PermutationTest(paired=paired, left_out=left_out, refusal=refusal)
     order = np.lexsort((group, labels))
     group, values = group[order], values[order]
     rng, total = np.random.default_rng(seed), _arrangements(group, per_cluster.size, paired)
@@ -170,8 +200,9 @@ def permutation_test(
     more = int((np.abs(found) >= abs(seen) - TIE * np.abs(found).max()).sum())
     p_value = more / total if exact else (1 + more) / (1 + draws)
     return PermutationTest(
-        statistic=seen, p_value=p_value, arrangements=total if exact else draws + 1, exact=exact, paired=paired
-    )
+        statistic=seen, p_value=p_value, arrangements=total if exact else draws + 1, exact=exact, paired=paired,
+        left_out=left_out,
+    )  # fmt: skip
 
 
 def _members(width: ArrayLike, value: ArrayLike, cluster: ArrayLike) -> tuple[Array, Index, Array]:
@@ -200,7 +231,7 @@ def _refusal(widths: int, per_cluster: Index, paired: bool, values: Array) -> st
     if not paired and per_cluster.max() > 1:
         return "clusters are neither at one width each nor at all widths each"
     if per_cluster.size < least:
-        return f"{per_cluster.size} clusters, fewer than {least}"
+        return f"{counted(per_cluster.size, 'cluster')}{' at all widths' if paired else ''}, fewer than {least}"
     return "all values are equal" if np.ptp(values) == 0.0 else ""
 
 

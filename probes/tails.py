@@ -14,6 +14,7 @@ from scipy.special import ndtri, stdtrit
 from probes.tail_draws import SINGLE_LAWS, imitate_tail, no_straighter, one_each
 from probes.tail_models import FAMILIES, TailData, compare
 from probes.tail_scan import CHUNK, Laws, Sample, scan
+from probes.words import counted
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -21,7 +22,7 @@ Generator = np.random.Generator
 Verdict = Literal["power law", "not a power law", "undecided"]
 
 MIN_EVENTS = 50  # seen at or above xmin
-MIN_CLUSTERS = 5
+MIN_CLUSTERS = 10  # the p-value draws one item of each, and a fit needs 10 events
 MIN_DECADES = 1.0  # between xmin and the largest event
 MIN_BOOTSTRAP = 100
 LEVEL = 0.1  # of every test that the verdict rests on
@@ -98,8 +99,11 @@ def fit_tail(
     Comparisons: `tail_models.compare`, on all items of the tail, as if xmin had been given.
 
     Refused: times that are not finite and positive, all censored, one value only, fewer than 50 events in the tail,
-    less than one decade from xmin to the largest event, fewer than 5 clusters.
+    less than one decade from xmin to the largest event, fewer than 10 clusters, fewer than half of the bootstrap
+    replicates with 10 events in a tail.
     Not guaranteed: where the body bends into the tail slowly, xmin comes out too low and the interval misses.
+    Right-truncation is not allowed for: a power law whose items beyond the end of observation are absent, instead of
+    censored, looks like a truncated one.
 
     Raises ValueError, naming argument, value and what is allowed, for wrong shapes, n_bootstrap < 100, confidence
     outside (0, 1), xmin <= 0, integers asked for and not given, or `discrete` together with censored times.
@@ -112,7 +116,7 @@ def fit_tail(
     method = _Method(discrete, xmin is not None)
     law = method.fit(items.sample(items.weight[None]))
     if not np.isfinite(law.distance[0]):
-        return _refused("fewer than 10 events above any xmin")
+        return _refused(f"fewer than 10 events above {'any' if xmin is None else 'the given'} xmin")
     tail, excess = items.tail(law, discrete), float(law.excess[0])
     n_events, n_clusters = int(tail.seen.sum()), np.unique(tail.cluster).size
     sizes = {"n_tail": tail.u.size, "n_events": n_events, "n_clusters": n_clusters}
@@ -120,12 +124,14 @@ def fit_tail(
     if n_events < MIN_EVENTS:
         return _refused(f"{n_events} events in the tail from {tail.xmin:.4g} on, fewer than {MIN_EVENTS}", **sizes)
     if items.n_groups < MIN_CLUSTERS:
-        return _refused(f"{items.n_groups} clusters, fewer than {MIN_CLUSTERS}", **sizes)
+        return _refused(f"{counted(items.n_groups, 'cluster')}, fewer than {MIN_CLUSTERS}", **sizes)
     if decades < MIN_DECADES:
         return _refused(f"{decades:.2f} decades from {tail.xmin:.4g} to the largest event, under 1", **sizes)
     rng = np.random.default_rng(seed)
     low, high = _interval(items, method, excess, n_bootstrap, confidence, rng)
     p_value, single_laws = _p_values(items, method, law, n_bootstrap, rng)
+    if np.isnan([low, p_value]).any():
+        return _refused("fewer than half of the bootstrap replicates have 10 events in a tail", **sizes)
     return Tail(
         alpha=1.0 + excess, low=low, high=high, xmin=tail.xmin, distance=float(law.distance[0]), decades=decades,
         p_value=p_value, single_laws=single_laws, refusal="", **sizes,
@@ -184,6 +190,7 @@ def _interval(
 ) -> tuple[float, float]:
     """Of alpha, from the central range of log(alpha - 1) over random halves of the clusters, xmin chosen anew.
 
+    nan if fewer than half of these can be fitted.
     A half drawn without replacement scatters about the whole as the whole does about the truth. Resampling with
     replacement repeats items, and the repeats alone move the chosen xmin.
     """
@@ -193,7 +200,10 @@ def _interval(
         half = (rng.random((count, groups)).argsort(axis=1) < kept).astype(np.float64)
         law = method.fit(items.sample(half[:, items.group] * items.weight))
         found.append(np.log(law.excess[np.isfinite(law.distance)]))
-    low, high = np.quantile(np.concatenate(found), (1.0 - level, level))
+    usable = np.concatenate(found)
+    if 2 * usable.size < n_bootstrap:
+        return NAN, NAN
+    low, high = np.quantile(usable, (1.0 - level, level))
     few = float(stdtrit(groups - 1.0, level) / ndtri(level)) * np.sqrt(kept / (groups - kept))
     factor = float(np.exp(0.5 * few * (high - low)))
     return 1.0 + excess / factor, 1.0 + excess * factor
@@ -202,7 +212,7 @@ def _interval(
 def _p_values(
     items: _Items, method: _Method, law: Laws, n_bootstrap: int, rng: Generator
 ) -> tuple[float, dict[str, float]]:
-    """p of the power law in the tail, and of each single law for all items."""
+    """p of the power law in the tail, and of each single law for all items; nan if under half of the draws fit."""
     single = items.n_groups == int(items.weight.sum())
     names = () if method.fixed or method.discrete else tuple(SINGLE_LAWS)
     hits, able = dict.fromkeys(("tail", *names), 0), 0
@@ -218,7 +228,7 @@ def _p_values(
         able += int(usable.sum())
         for name in names:
             hits[name] += int(no_straighter(name, picked, items.n_groups, rng)[usable].sum())
-    shares = {name: hits[name] / able if able else NAN for name in hits}
+    shares = {name: hits[name] / able if 2 * able >= n_bootstrap else NAN for name in hits}
     return shares["tail"], {name: shares.get(name, NAN) for name in SINGLE_LAWS}
 
 

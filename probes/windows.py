@@ -10,6 +10,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from probes.words import counted
+
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Index = NDArray[np.intp]
@@ -162,7 +164,7 @@ def _unfit(cut: Windows, i: int, increasing: bool, bounds: Array, decades: float
     if not np.isfinite(bounds).all():
         return f"window is ({bounds[0]:g}, {bounds[1]:g}), not finite"
     if count < MIN_PROBES:
-        return f"{count} probes in the window, under {MIN_PROBES}"
+        return f"{counted(count, 'probe')} in the window, under {MIN_PROBES}"
     if not np.isfinite(values).all():
         return "values in the window are not finite"
     if np.ptp(values) <= 1e-12 * np.abs(values).max():

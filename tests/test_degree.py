@@ -1,5 +1,7 @@
 """`probes.degree` on gradient flows of known degree, and where its assumptions fail."""
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy.stats import binom, linregress
@@ -146,6 +148,38 @@ def test_a_drift_of_a_refused_fit_is_refused():
     check = drift(TIME, np.full(TIME.size, 0.5), fit_relaxation(TIME, np.full(TIME.size, 0.5)))
     assert "constant" in check.refusal
     assert np.isnan([check.slope, check.expected]).all()
+
+
+def test_a_drift_leaves_out_blocks_without_a_probe():
+    flow = Flow(4.0, 0.01)
+    times = np.delete(TIME, np.flatnonzero((TIME > 400.0) & (TIME < 2000.0)))
+    score = 0.5 - 0.3 * flow.x(times)
+    check = drift(times, score, fit_relaxation(times, score))
+    assert check.refusal == ""
+    assert check.slope == pytest.approx(check.expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("window", "reason"), [
+    ((2e5, 3e5), "no probe in the window"),
+    ((1e4, 1.2e4), "within a quarter decade"),
+])  # fmt: skip
+def test_a_drift_over_too_short_a_window_is_refused(window, reason):
+    score = 0.5 - 0.3 * Flow(4.0, 0.01).x(TIME)
+    check = drift(TIME, score, fit_relaxation(TIME, score), window)
+    assert reason in check.refusal
+    assert np.isnan(check.slope)
+    assert np.isfinite(check.expected)
+
+
+@pytest.mark.parametrize(("loss", "end", "reason"), [
+    (np.full(20, 0.5), None, "the loss is constant"),
+    (np.repeat([0.5, 0.1], 10), 0.3, "the loss is constant above the end"),
+    (np.repeat([0.5, 0.1], [1, 19]), 0.3, "1 point above the end, under 8"),
+])  # fmt: skip
+def test_a_loss_of_one_value_is_refused_without_a_warning(loss, end, reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert degree_from_gradient(loss, np.linspace(1.0, 2.0, 20), end).refusal == reason
 
 
 def test_points_under_the_floor_are_left_out():

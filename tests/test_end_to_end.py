@@ -14,9 +14,11 @@ import pandas as pd
 import pytest
 
 from cluster import tracking
+from cluster.analysis import load_analysis
 from cluster.cli import main
 from cluster.pack import main as bare_main
 from cluster.recipes import tiny
+from train.loop import probe_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SMALL = ["--data.rows", "128", "--data.validation-rows", "16", "--probe.examples", "8", "--probe.sparse-examples", "4",
@@ -72,6 +74,12 @@ def test_a_sweep_again_and_extended(tmp_path):
     assert {member.id for member in tiny().members()}.isdisjoint(first.counted)  # the overrides are other members
     artifacts = {item.path for item in first.client.list_artifacts(first.parent.info.run_id)}
     assert artifacts == {"sweep.json", "analysis", "report"}
+    analysis = load_analysis(first.client, first.parent.info.run_id)
+    assert len(analysis.heads) == 4 * 2 * 8  # members, relations, heads
+    assert analysis.detectors.groupby("member_id")["step"].nunique().le(len(probe_steps(60, 20))).all()
+    (law,) = analysis.laws
+    assert (law["series"], law["members"], law["heads"]) == ("", 4, 4 * 8)
+    assert law["head_level"]["law"]["refusal"] == "2 widths, fewer than 3"
     for run in first.runs:
         names = {item.path for item in first.client.list_artifacts(run.info.run_id)}
         assert names == {"curves.parquet", "figures.parquet", "weights.npz", "config.json"}

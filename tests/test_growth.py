@@ -95,6 +95,16 @@ def test_refusals_are_named_and_give_no_number():
     assert (fit.law, fit.refusal) == ("undecided", "no law is preferred")
 
 
+def test_a_power_law_that_is_refused_is_not_preferred():
+    time = np.geomspace(100.0, 900.0, 40)
+    score = 0.1 + (time / 900.0) ** 3 + 1e-4 * np.random.default_rng(0).standard_normal(time.size)
+    for law in (None, "power", "exponential"):
+        fit = fit_growth(time, score, law=law)
+        assert min(fit.scores, key=lambda name: fit.scores[name].aicc) == "power"
+        assert fit.preferred == "undecided"
+        assert law == "exponential" or "0.95 decades of time in the window" in fit.refusal
+
+
 def test_a_rate_is_per_unit_of_time():
     curve = planted.growing(np.random.default_rng(3), 2.0)
     score = curve.seen(TIME, JITTER, np.random.default_rng(0))

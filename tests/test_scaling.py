@@ -98,14 +98,14 @@ def test_without_never_the_law_is_the_censored_regression():
     law, plain = fit_width_law(*found.rows), censored_regression(*found.rows)
     assert law.counts["never"] == 0
     assert (law.exponent, law.low, law.high) == pytest.approx((plain.exponent, plain.low, plain.high))
-    assert "separate" in law.shares.refusal
+    assert law.shares.refusal == "how the share depends on width cannot be fitted: at no width do some never emerge"
     assert np.isnan([law.shares.slope, *law.shares.share, law.late]).all()
 
 
 def test_widths_without_never_may_separate_the_shares_and_leave_a_law():
     truth = replace(planted.HALF, shares=(0.6, 1.0, 1.0, 1.0))
     law = fit_width_law(*drawn(truth).rows)
-    assert "separate" in law.shares.refusal
+    assert law.shares.refusal.endswith("depends on width cannot be fitted: only at width 16 do some never emerge")
     assert np.isnan(law.shares.high).all()
     assert law.refusal == ""
     assert law.low <= 0.5 <= law.high
@@ -249,8 +249,18 @@ def short(f):
     return f.width, np.where(early, f.hidden, end), np.where(early, "emerged", "never"), f.cluster
 
 
+def none_at_the_largest(f):
+    return f.width, f.time, np.where(f.width == f.width.max(), "never", "emerged"), f.cluster
+
+
+def test_a_width_where_none_emerges_is_named():
+    found = drawn(planted.HALF)
+    law = fit_width_law(*none_at_the_largest(found))
+    assert law.refusal == f"none emerges at width {found.width.max():g}"
+
+
 @pytest.mark.parametrize(("change", "reason"), [
-    (few_widths, "2 widths"), (constant_width, "1 widths"), (all_censored, "no event"),
+    (few_widths, "2 widths"), (constant_width, "1 width,"), (all_censored, "no event"),
     (one_event_a_width, "too few events"), (constant_times, "exactly on a line"), (few_clusters, "3 clusters"),
 ])  # fmt: skip
 def test_refusals_have_a_reason_and_no_number(change, reason):

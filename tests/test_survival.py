@@ -1,5 +1,6 @@
 """`probes.survival` against lifelines, scipy, and every arrangement gone through by hand."""
 
+import tracemalloc
 import warnings
 from dataclasses import replace
 from itertools import permutations, product
@@ -69,6 +70,23 @@ def test_heads_taken_as_independent_give_too_narrow_a_curve():
     assert (honest.high - honest.low)[middle] > 1.4 * (naive.high - naive.low)[middle]
 
 
+def test_without_an_interval_any_number_of_clusters_has_a_curve():
+    found = drawn()
+    curve, plain = (kaplan_meier(found.time, found.status, confidence=level) for level in (0.9, None))
+    assert plain.survival.tolist() == curve.survival.tolist()
+    assert np.isnan([*plain.low, *plain.high]).all()
+    assert kaplan_meier([2.0, 3.0], ["emerged", "never"], [0, 0], confidence=None).median == 2.0
+
+
+def test_a_curve_of_many_heads_takes_little_memory():
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    kaplan_meier(rng.random(5000) + 1.0, ["emerged"] * 5000, np.arange(5000) % 500)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e7
+
+
 @pytest.mark.parametrize(("status", "clusters", "reason"), [("never", 5, "no event"), ("emerged", 3, "3 clusters")])
 def test_a_curve_is_refused(status, clusters, reason):
     curve = kaplan_meier([5.0] * 6, [status] * 6, np.arange(6) % clusters)
@@ -103,6 +121,16 @@ def test_every_arrangement_within_seeds_is_counted():
     found = permutation_test(np.tile([8.0, 16.0, 32.0], 4), value.ravel(), np.repeat(np.arange(4), 3))
     assert (found.exact, found.arrangements, found.paired) == (True, 1296, True)
     assert found.p_value == pytest.approx((np.abs(slopes) >= abs(found.statistic) - 1e-12).mean())
+
+
+def test_seeds_that_lack_a_width_are_left_out():
+    width, value = np.tile([8.0, 16.0, 32.0], 4), np.random.default_rng(1).normal(size=12)
+    seeds = np.repeat(["d", "a", "b", "c"], 3)
+    some = np.arange(12) != 1
+    found = permutation_test(width[some], value[some], seeds[some])
+    whole = permutation_test(width[3:], value[3:], seeds[3:])
+    assert (found.left_out, found.paired, found.arrangements) == (1, True, 216)
+    assert (found.statistic, found.p_value, whole.left_out) == (whole.statistic, whole.p_value, 0)
 
 
 def test_heads_are_averaged_before_and_random_arrangements_agree_with_all():
@@ -164,7 +192,8 @@ def test_p_values_are_uniform_without_a_difference_and_heads_as_members_are_not(
 @pytest.mark.parametrize(("width", "value", "cluster", "reason"), [
     ([16] * 6, range(6), range(6), "one width"),
     ([16, 32, 64, 16, 32, 64], range(6), [0, 0, 1, 1, 2, 3], "neither"),
-    ([16, 16, 32], range(3), range(3), "3 clusters"),
+    ([16, 16, 32], range(3), range(3), "3 clusters, fewer than 4"),
+    ([16, 32], range(2), [0, 0], "1 cluster at all widths, fewer than 2"),
     ([16, 16, 32, 32], [1] * 4, range(4), "equal"),
 ])  # fmt: skip
 def test_a_test_is_refused(width, value, cluster, reason):

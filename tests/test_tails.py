@@ -414,10 +414,15 @@ GOOD = planted.pareto(np.random.default_rng(0), 200, 2.0)
         ({"times": np.full(200, 3.0)}, "all events have the same time"),
         ({"times": GOOD[:45]}, "events in the tail from .*, fewer than 50"),
         ({"times": GOOD[:9]}, "fewer than 10 events above any xmin"),
-        ({"times": GOOD, "xmin": 30.0}, "fewer than"),
+        ({"times": GOOD, "xmin": 1e4}, "^fewer than 10 events above the given xmin$"),
         ({"times": GOOD, "censored": np.arange(200) % 5 > 0}, "events in the tail from .*, fewer than 50"),
         ({"times": 1.0 + 0.04 * np.arange(200), "xmin": 1.0}, r"0\.9.* decades from 1 to the largest event, under 1"),
-        ({"times": GOOD, "clusters": np.arange(200) % 4}, "4 clusters, fewer than 5"),
+        ({"times": GOOD, "clusters": np.arange(200) % 8}, "^8 clusters, fewer than 10$"),
+        ({"times": GOOD, "clusters": np.zeros(200)}, "^1 cluster, fewer than 10$"),
+        (
+            {"times": GOOD, "clusters": np.arange(200) % 20, "censored": np.arange(200) >= 60, "xmin": 1.0},
+            "^fewer than half of the bootstrap replicates have 10 events in a tail$",
+        ),
     ],
 )  # fmt: skip
 def test_refusals_have_a_reason_and_no_numbers(options, reason):
