@@ -1,6 +1,5 @@
 """`probes.emergence` against planted curves whose level and t50 are known without it."""
 
-import time
 from collections import Counter
 from dataclasses import astuple
 
@@ -501,11 +500,3 @@ def test_bad_input_of_many_curves(scores, nulls, sound, message):
 def test_bad_confidence(confidence):
     with pytest.raises(ValueError, match=r"confidence is .*; allowed: a number between 0 and 1"):
         fit_emergence(LATE, GOOD, U, confidence=confidence)
-
-
-def test_a_fit_takes_milliseconds():
-    scores = planted_scores((planted.plain,), 20, USUAL, 0)[1]
-    fit_emergences(STEP, scores, U)
-    start = time.process_time()
-    fit_emergences(STEP, scores, U)
-    assert (time.process_time() - start) / 20 < 0.015  # 0.0015 on an idle core

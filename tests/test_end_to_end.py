@@ -18,7 +18,6 @@ from cluster.analysis import load_analysis
 from cluster.cli import main
 from cluster.pack import main as bare_main
 from cluster.recipes import tiny
-from train.loop import probe_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SMALL = ["--data.rows", "128", "--data.validation-rows", "16", "--probe.examples", "8", "--probe.sparse-examples", "4",
@@ -76,7 +75,7 @@ def test_a_sweep_again_and_extended(tmp_path):
     assert artifacts == {"sweep.json", "analysis", "report"}
     analysis = load_analysis(first.client, first.parent.info.run_id)
     assert len(analysis.heads) == 4 * 2 * 8  # members, relations, heads
-    assert analysis.detectors.groupby("member_id")["step"].nunique().le(len(probe_steps(60, 20))).all()
+    assert set(analysis.detectors.get("member_id", ())) == set(analysis.members.dropna(subset="level")["member_id"])
     (law,) = analysis.laws
     assert (law["series"], law["members"], law["heads"]) == ("", 4, 4 * 8)
     assert law["head_level"]["law"]["refusal"] == "2 widths, fewer than 3"
@@ -137,7 +136,7 @@ def test_broken_off_and_gone_on_with_the_tables_are_those_of_an_undisturbed_run(
     """SIGINT in the middle, then the same command: resumed from checkpoints, bit for bit; one rate diverges."""
     folder = tmp_path / "service"
     folder.mkdir()
-    sweep = ["tiny", *SMALL, "--widths", "8", "--train.steps", "700", "--axis", "train.learning_rate=0.001,1e9",
+    sweep = ["tiny", *SMALL, "--widths", "8", "--train.steps", "1500", "--axis", "train.learning_rate=0.001,1e9",
              "--checkpoint-every", "0.5", "--pack-size", "2"]  # fmt: skip
     process = start(folder, "sweep", *sweep)
     checkpoints = lambda: list(folder.glob("headway-out/*/checkpoints/*.json"))  # noqa: E731

@@ -1,7 +1,5 @@
 """`probes.relaxation` against planted gradient flows, other curves, and independent fits."""
 
-import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -314,52 +312,3 @@ def test_replicates_are_averaged_and_time_zero_is_left_out():
 
 def test_no_curves_give_no_results():
     assert fit_relaxations(TIME, np.empty((0, TIME.size))) == []
-
-
-def test_five_hundred_curves_cost_no_more_each_than_a_hundred():
-    curves, scores, _ = measured.planted_fits(planted.power, 100, JITTER, 9)
-    scores, bounds = np.tile(scores, (5, 1, 1)), [c.window for c in curves] * 5
-    cost = []
-    for count in (100, 500):
-        start = time.process_time()
-        fit_relaxations(TIME, scores[:count], bounds[:count])
-        cost.append((time.process_time() - start) / count)
-    assert cost[1] < 1.5 * cost[0]
-    assert cost[1] < 0.012  # 0.002 on an idle core
-
-
-def test_counts_of_preferred_laws_are_what_single_results_say():
-    _, _, fits = measured.planted_fits(planted.exponential, 60, FAINT, 3)
-    table = Counter(fit.preferred for fit in fits)
-    assert table["exponential"] > 30
-    assert table["power"] == 0
-
-
-# Bad input
-
-GOOD = flow_curve()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((TIME[None], GOOD), r"time has shape \(1, 70\); allowed: \[T\]"),
-        ((TIME, GOOD[:-1]), r"values has shape \(1, 69\); allowed: \[n, 70\] or \[n, R, 70\]"),
-        ((TIME, GOOD[None, None]), r"value has shape \(1, 1, 70\); allowed: \[T\] or \[R, T\]"),
-        ((TIME, np.empty((0, 70))), r"values has shape \(1, 0, 70\)"),
-        ((TIME - 2.0, GOOD), r"time contains -1; allowed: finite numbers, 0 or more"),
-        ((np.where(TIME == 100.0, np.nan, TIME), GOOD), r"time contains nan; allowed: finite"),
-        ((TIME, GOOD, (1.0, 2.0, 3.0)), r"windows has shape \(3,\); allowed: \(2,\) or \(1, 2\)"),
-    ],
-)
-def test_bad_input_names_argument_value_and_what_is_allowed(arguments, message):
-    with pytest.raises(ValueError, match=message) as error:
-        fit_relaxation(*arguments)
-    assert "\n" not in str(error.value)
-
-
-def test_bad_options():
-    with pytest.raises(ValueError, match=r"confidence is 1.0; allowed: a number between 0 and 1"):
-        fit_relaxation(TIME, GOOD, confidence=1.0)
-    with pytest.raises(ValueError, match="noise is 'white'; allowed: relative, constant"):
-        fit_relaxation(TIME, GOOD, noise="white")

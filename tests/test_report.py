@@ -300,7 +300,7 @@ def test_many_layers_and_heads_stay_bounded(tmp_path):
     page = write_report(tmp_path / "report", sweep, made.analysis, made.load, {}).read_text()
     assert panels(page) <= report.PANELS
     assert "strongest heads of a layer" in page
-    assert panels(page) == 7 + 15 + 1 + 1
+    assert panels(page) == 7 + 15 + 1
 
 
 def test_an_error_on_the_way_leaves_the_old_report(planted, tmp_path):
