@@ -48,7 +48,7 @@ def rows_of(found: dict[str, tuple[int, int]]) -> list[Row]:
                 "refused": refused,
                 "share": f"{share:.1%}",
                 "interval": f"{band.low:.1%} to {band.high:.1%}",
-                "in 87-93%": "yes" if LOW <= share <= HIGH else "no",
+                "in 87-93%": None if "p <" in name else "yes" if LOW <= share <= HIGH else "no",
             }
         )
     return rows

@@ -163,7 +163,7 @@ def circumstances(name: str, device: torch.device) -> dict[str, object]:
     """Where, when, of what and by which command a benchmark was run."""
     return {
         "benchmark": name,
-        "command": shlex.join(["python", "-m", f"tests.bench.{name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"tests.bench.{name.partition('-')[0]}", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
         "hardware": hardware(device),
