@@ -1,6 +1,5 @@
 """`probes.relaxation` against planted gradient flows, other curves, and independent fits."""
 
-
 import numpy as np
 import pytest
 from scipy.optimize import curve_fit
