@@ -29,7 +29,13 @@ def start(folder, *arguments):
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
     command = [sys.executable, "-m", "cluster.cli", *arguments]
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+                            stderr=subprocess.PIPE, start_new_session=True,
+                            preexec_fn=hear_interrupts)  # noqa: PLW1509  # fmt: skip
+
+
+def hear_interrupts():
+    """What a shell starts in the background, tests too, ignores SIGINT and hands that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def headway(folder, *arguments, code=0):
