@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from cluster.crew import spread_out
 from cluster.encoding import decode
 from cluster.intervals import log_mean_interval, mean_interval
-from cluster.laws import Law, Series, laws_or_cause, series_of
+from cluster.laws import STAYED, Law, Series, laws_or_cause, series_of
 from cluster.sweep import Sweep
 from cluster.tracking import Place, log_points, now_ms
 from probes.ablation import matters
 from probes.attention import lift
-from probes.emergence import Emergence, Status, fit_emergences, smooth
+from probes.emergence import STATUSES, Emergence, fit_emergences, smooth
 from probes.growth import fit_growths
 from probes.relaxation import fit_relaxations
 
-STATUSES: tuple[str, ...] = get_args(Status)
 RISEN = ("emerged", "growing", "transient", "at_start")
 TABLES = ("heads", "members", "widths", "detectors")
 STAYED_NOT = "it did not rise and stay"
@@ -71,10 +70,9 @@ def dense(table: pd.DataFrame, probe: str) -> DenseCurve:
     )
 
 
-def analyze_heads(table: pd.DataFrame, worth: Mapping[str, NDArray[Any]]) -> Rows:
+def analyze_heads(curve: DenseCurve, worth: Mapping[str, NDArray[Any]]) -> Rows:
     """One row per (layer, head, relation) of a member: status, timescales with intervals, lifts, how it approached its
     plateau, and its worth. Relations too rare in the probe set to say anything of them have no rows."""
-    curve = dense(table, "attention")
     score, null = curve.values["score"], curve.values["null_uniform"]
     by_uniform = along_steps(lift(score, null))
     by_rows = along_steps(lift(score, curve.values["null_rows"]))
@@ -112,7 +110,7 @@ def analyze_heads(table: pd.DataFrame, worth: Mapping[str, NDArray[Any]]) -> Row
 def approach(steps: NDArray[np.int64], means: NDArray[np.float64], fits: Sequence[Emergence]) -> Rows:
     """How curves `means [n, T]` that rose and stayed grew, from onset to t50, and approach their plateaus, from t50 to
     the end, as columns."""
-    stayed = [found.status in ("emerged", "growing") for found in fits]
+    stayed = [found.status in STAYED for found in fits]
     late = [(found.t50, steps[-1]) if yes else (np.nan, np.nan) for found, yes in zip(fits, stayed, strict=True)]
     early = [(found.onset, found.t50) if yes else (np.nan, np.nan) for found, yes in zip(fits, stayed, strict=True)]
     relaxations = fit_relaxations(steps, means, np.reshape(late, (-1, 2)))
@@ -159,8 +157,8 @@ def analyze_member(table: pd.DataFrame, figures: pd.DataFrame, judged: str) -> M
 
     The best detector is the one whose lift peaks highest. Its level is NaN where the member has none.
     """
-    worth = head_worth(table)
-    heads = analyze_heads(table, worth)
+    worth, curve = head_worth(table), dense(table, "attention")
+    heads = analyze_heads(curve, worth)
     own = [row for row in heads if row["relation"] == judged]
     detectors = [row for row in own if row["detector"]]
     best = max(detectors, key=lambda row: row["lift_peak"], default=None)
@@ -177,14 +175,13 @@ def analyze_member(table: pd.DataFrame, figures: pd.DataFrame, judged: str) -> M
         "seconds": float(figures["wall_time"].iloc[-1] - figures["wall_time"].iloc[0]),
         **{str(name): float(value) for name, value in figure.items() if name not in ("step", "wall_time")},
     }
-    return heads, row, detector_line(table, judged, best)
+    return heads, row, detector_line(curve, judged, best)
 
 
-def detector_line(table: pd.DataFrame, judged: str, best: Mapping[str, Any] | None) -> Rows:
+def detector_line(curve: DenseCurve, judged: str, best: Mapping[str, Any] | None) -> Rows:
     """Lift of the best detector by step; none where there is no detector."""
     if best is None:
         return []
-    curve = dense(table, "attention")
     at = (slice(None), best["layer"], best["head"], curve.relations.index(judged))
     lifts = along_steps(lift(curve.values["score"][at], curve.values["null_uniform"][at]))
     return [{"step": int(step), "lift": float(value)} for step, value in zip(curve.steps, lifts, strict=True)]

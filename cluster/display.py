@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster.analysis import STATUSES
 from cluster.plan import Plan, describe, shape_name
 from cluster.sweep import Pack, Sweep
 from cluster.trial import Report
+from probes.emergence import STATUSES
 
 LINE_EVERY = 15.0  # seconds between plain lines
 SHOWN = 6  # packs with a bar of their own at one time

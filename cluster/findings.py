@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from cluster.analysis import RISEN, STATUSES, Analysis
+from cluster.analysis import RISEN, Analysis
 from cluster.intervals import CONFIDENCE
 from cluster.sweep import Sweep
-from probes.emergence import LEVEL_LIFT
+from probes.emergence import LEVEL_LIFT, STATUSES
 from probes.scaling import MIN_WIDTHS
 
 T = TypeVar("T")

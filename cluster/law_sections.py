@@ -152,7 +152,7 @@ class LawSections:
         ]
         if plots:
             caption = (
-                "Kaplan-Meier estimate of the share of heads that are later. Blue: the power law from its least time "
+                "Of the heads with a level, the share that are later. Blue: the power law from its least time "
                 "(grey line) on. A straight line here proves nothing: see p and the comparisons above."
             )
             figure = law_figures.draw_tails(plots[:TAILS])

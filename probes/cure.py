@@ -17,13 +17,12 @@ logit p, mu, log sigma and logit q are linear in columns that a `Model` lists. I
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, log_expit, log_ndtr
 
-from probes.emergence import Status
+from probes.emergence import STATUSES
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -60,7 +59,7 @@ class Heads:
     @property
     def counts(self) -> dict[str, int]:
         """Heads by status."""
-        return {name: int((self.status == name).sum()) for name in get_args(Status)}
+        return {name: int((self.status == name).sum()) for name in STATUSES}
 
 
 def checked(width: ArrayLike, time: ArrayLike, status: Sequence[str], cluster: ArrayLike) -> Heads:
@@ -75,8 +74,8 @@ def checked(width: ArrayLike, time: ArrayLike, status: Sequence[str], cluster: A
     for name, values in (("width", widths), ("time", times)):
         for i in np.flatnonzero(~(np.isfinite(values) & (values > 0.0)))[:1]:
             raise ValueError(f"{name}[{i}] is {values[i]:g}; allowed: finite numbers above 0")
-    for i in np.flatnonzero(~np.isin(words, get_args(Status)))[:1]:
-        raise ValueError(f"status[{i}] is {str(words[i])!r}; allowed: {', '.join(get_args(Status))}")
+    for i in np.flatnonzero(~np.isin(words, STATUSES))[:1]:
+        raise ValueError(f"status[{i}] is {str(words[i])!r}; allowed: {', '.join(STATUSES)}")
     event, growing, never, start = (np.isin(words, kind) for kind in (EVENTS, "growing", "never", "at_start"))
     return Heads(widths, times, words, np.unique(labels, return_inverse=True)[1], event, growing, never, start)
 
