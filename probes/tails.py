@@ -89,8 +89,7 @@ def fit_tail(
     integers, without censoring. Items censored below xmin are left out (`tail_scan`).
 
     xmin, unless given: the item with the least distance among at most 100 (`tail_scan.scan`) that leave 10 events.
-    Interval: xmin is chosen anew in random halves of the G clusters; log(alpha - 1) +- half the central range of its
-    replicates times t_{G-1} / z.
+    Interval: log(alpha - 1) +- t_{G-1} / z * h for G clusters, h from random halves of them (`_interval`).
     p-value: each replicate draws one item per cluster, fits it, and makes as many new items: below its xmin from its
     Kaplan-Meier curve, above from its power law, censored by times drawn from the Kaplan-Meier curve of the censoring
     (never beyond the last if that item was seen); p is the share whose new distance is not below the drawn one. With
@@ -128,7 +127,7 @@ def fit_tail(
     if decades < MIN_DECADES:
         return _refused(f"{decades:.2f} decades from {tail.xmin:.4g} to the largest event, under 1", **sizes)
     rng = np.random.default_rng(seed)
-    low, high = _interval(items, method, excess, n_bootstrap, confidence, rng)
+    low, high = _interval(items, method, law, n_bootstrap, confidence, rng)
     p_value, single_laws = _p_values(items, method, law, n_bootstrap, rng)
     if np.isnan([low, p_value]).any():
         return _refused("fewer than half of the bootstrap replicates have 10 events in a tail", **sizes)
@@ -154,10 +153,15 @@ class _Items:
         order = order if xmin is None else order[x[order] >= xmin]
         group = np.unique(groups[order], return_inverse=True)[1].astype(np.intp)
         log_x, seen, weight = np.log(x[order]), (~hidden[order]).astype(np.float64), np.ones(order.size)
-        if xmin is None:
-            return cls(log_x, seen, group, weight)
-        zero = np.zeros(1)
-        return cls(np.r_[np.log(xmin), log_x], np.r_[zero, seen], np.r_[0, group].astype(np.intp), np.r_[zero, weight])
+        items = cls(log_x, seen, group, weight)
+        return items if xmin is None else items.above(float(np.log(xmin)))
+
+    def above(self, log_xmin: float) -> "_Items":
+        """The items at or above an xmin, led by it."""
+        inside = self.log_x >= log_xmin
+        group = np.r_[0, self.group[inside]].astype(np.intp)
+        log_x, seen, weight = self.log_x[inside], self.seen[inside], self.weight[inside]
+        return _Items(np.r_[log_xmin, log_x], np.r_[0.0, seen], group, np.r_[0.0, weight])
 
     @property
     def n_groups(self) -> int:
@@ -186,27 +190,43 @@ class _Method:
 
 
 def _interval(
-    items: _Items, method: _Method, excess: float, n_bootstrap: int, confidence: float, rng: Generator
+    items: _Items, method: _Method, law: Laws, n_bootstrap: int, confidence: float, rng: Generator
 ) -> tuple[float, float]:
-    """Of alpha, from the central range of log(alpha - 1) over random halves of the clusters, xmin chosen anew.
+    """Of alpha, symmetric in log(alpha - 1); nan if fewer than half of the replicates can be fitted.
 
-    nan if fewer than half of these can be fitted.
-    A half drawn without replacement scatters about the whole as the whole does about the truth. Resampling with
-    replacement repeats items, and the repeats alone move the chosen xmin.
+    A half of the clusters has variance 2 V; about the mean of a sample's halves they scatter by W = 2 V - M, with M the
+    variance of that mean. Averaging smooths the choice of xmin, so M lies between V and V0, the variance with xmin held
+    (which its halves give: there W = V0). Taken half way, V = (2 W + V0) / 3.
     """
-    groups, level = items.n_groups, 0.5 * (1.0 + confidence)
+    level, groups = 0.5 * (1.0 + confidence), items.n_groups
+    square = _spread(items, method, law, n_bootstrap, level, rng) ** 2
+    if not method.fixed:
+        held = items.above(float(law.log_xmin[0])), _Method(method.discrete, fixed=True)
+        square = (2.0 * square + _spread(*held, law, n_bootstrap, level, rng) ** 2) / 3.0
+    factor = float(np.exp(stdtrit(groups - 1.0, level) / ndtri(level) * np.sqrt(square)))
+    excess = float(law.excess[0])
+    return 1.0 + excess / factor, 1.0 + excess * factor
+
+
+def _spread(items: _Items, method: _Method, law: Laws, n_bootstrap: int, level: float, rng: Generator) -> float:
+    """Half the central range of log(alpha - 1) over random halves of the clusters, xmin chosen anew; or nan.
+
+    Deviations from `law` count in units of 1 / sqrt(events), as long tails hold alpha more tightly than short ones.
+    Resampling with replacement would repeat items, and the repeats alone move the chosen xmin.
+    """
+    groups = items.n_groups
     kept, found = groups // 2, []
     for count in _batches(n_bootstrap, items.log_x.size):
         half = (rng.random((count, groups)).argsort(axis=1) < kept).astype(np.float64)
-        law = method.fit(items.sample(half[:, items.group] * items.weight))
-        found.append(np.log(law.excess[np.isfinite(law.distance)]))
-    usable = np.concatenate(found)
-    if 2 * usable.size < n_bootstrap:
-        return NAN, NAN
-    low, high = np.quantile(usable, (1.0 - level, level))
-    few = float(stdtrit(groups - 1.0, level) / ndtri(level)) * np.sqrt(kept / (groups - kept))
-    factor = float(np.exp(0.5 * few * (high - low)))
-    return 1.0 + excess / factor, 1.0 + excess * factor
+        laws = method.fit(items.sample(half[:, items.group] * items.weight))
+        usable = np.isfinite(laws.distance)
+        gap = np.log(laws.excess[usable] / law.excess[0])
+        found.append(gap * np.sqrt(laws.events[usable] * groups / (law.events[0] * kept)))
+    deviations = np.concatenate(found)
+    if 2 * deviations.size < n_bootstrap:
+        return NAN
+    low, high = np.quantile(deviations, (1.0 - level, level))
+    return float(0.5 * (high - low) * np.sqrt(kept / (groups - kept)))
 
 
 def _p_values(

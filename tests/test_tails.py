@@ -265,7 +265,7 @@ def covers(x, clusters, repeats=120):
     items = tails._Items.of(x, np.zeros(x.size, bool), clusters, None)
     method = tails._Method(False, False)
     law = method.fit(items.sample(items.weight[None]))
-    low, high = tails._interval(items, method, float(law.excess[0]), repeats, 0.9, rng(1))
+    low, high = tails._interval(items, method, law, repeats, 0.9, rng(1))
     return low <= 2.5 <= high
 
 
