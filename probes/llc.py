@@ -1,0 +1,387 @@
+"""Local learning coefficients: how degenerate a loss is about a point, by how much it rises under a tempered posterior.
+
+    llc = n_beta (E[L(w)] - L(w*)),   w ~ exp(-n_beta L(w) - gamma/2 |w - w*|^2)
+
+(Lau et al. 2023, arXiv 2308.12108). L is a mean negative log-likelihood; for a squared error, error / (2 sigma^2). To
+move a part of the weights gives the weight-refined coefficient, other data the data-refined one (Wang et al. 2024,
+arXiv 2410.02984). As n_beta grows and gamma n_beta^-1 falls it tends to the learning coefficient: d/2 at a regular
+minimum of d dimensions, 1/k for |x|^k. At finite ones it is another number: for a quadratic of curvatures h it is
+1/2 sum n_beta h / (n_beta h + gamma). So every estimate carries its n_beta and gamma, and its values at others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from probes.langevin import Levels, Sampler, Schedule, Streams, Target, Weights, run_chains, seed_of
+from probes.words import counted
+
+Array = NDArray[np.float64]
+Loss = Callable[[Weights, Any], Tensor]
+
+TOLERANCE = 0.2
+"""Of an estimate: by how much its halves, and its values at other n_beta and gamma, may differ from it."""
+
+LEAST_ACCEPTANCE = 0.9
+"""Of a Metropolis step: less, and the steps distort the density."""
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LLCSettings:
+    """How chains run. ValueError, naming the field, for what is not allowed."""
+
+    n_beta: float = 30.0
+    """Inverse temperature: what L counts, in examples."""
+    gamma: float = 200.0
+    """Strength of the pull back to the point (per squared weight)."""
+    step_size: float = 1e-3
+    """Variance eps of a step (squared weight)."""
+    chains: int = 4
+    """Chains of each estimate."""
+    draws: int = 200
+    """Draws of a chain that count."""
+    burn_in: int = 50
+    """Draws of a chain before these."""
+    sampler: Sampler = "sgld"
+    """sgld, or rmsprop: steps by direction, from the gradients of the first half of the burn-in."""
+    sigma: float | None = None
+    """The loss is a squared error, L = loss / (2 sigma^2); None: it is a negative log-likelihood already."""
+    sensitivity: bool = True
+    """Whether to estimate at n_beta and gamma x 1/3 and x 3 too: five times the work."""
+    check_every: int = 10
+    """Draws between looks at the acceptance, each at the cost of a draw; 0 for none."""
+    seed: int = 0
+    """Of all random numbers."""
+
+    def __post_init__(self) -> None:
+        _require("n_beta", self.n_beta, 0.0 < self.n_beta < math.inf, "a finite number above 0")
+        _require("gamma", self.gamma, 0.0 <= self.gamma < math.inf, "a finite number, 0 or more")
+        _require("step_size", self.step_size, 0.0 < self.step_size < math.inf, "a finite number above 0")
+        _require("chains", self.chains, self.chains >= 1, "1 or more")
+        _require("draws", self.draws, self.draws >= 2, "2 or more")
+        _require("sampler", self.sampler, self.sampler in ("sgld", "rmsprop"), "'sgld' or 'rmsprop'")
+        least = 2 if self.sampler == "rmsprop" else 0
+        _require("burn_in", self.burn_in, self.burn_in >= least, f"{least} or more with {self.sampler}")
+        sound = self.sigma is None or 0.0 < self.sigma < math.inf
+        _require("sigma", self.sigma, sound, "None or a finite number above 0")
+        _require("check_every", self.check_every, self.check_every >= 0, "0 or more")
+
+    @property
+    def scale(self) -> float:
+        """What a loss is multiplied with to give L."""
+        return 1.0 if self.sigma is None else 0.5 / self.sigma**2
+
+    @property
+    def schedule(self) -> Schedule:
+        """What all chains have in common."""
+        return Schedule(
+            draws=self.draws, burn_in=self.burn_in, sampler=self.sampler, check_every=self.check_every, scale=self.scale
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LLC:
+    """An estimate, and what it rests on. Chains that diverged count in no mean; if all did, every number is nan."""
+
+    mean: float  # over chains
+    sd: float  # between chains
+    per_chain: Array  # [chains]
+    trace: Array  # [chains, draws]: n_beta (L(w) - L(w*)) after burn-in
+    acceptance: float  # mean over looks and chains; nan if never looked at
+    diverged: int  # chains
+    n: int | None  # examples in the data, if told
+    n_beta: float
+    gamma: float
+    sigma: float | None
+    sensitivity: Mapping[str, float] = field(
+        default_factory=dict
+    )  # "n_beta / 3", "n_beta x 3", "gamma / 3", "gamma x 3"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not converged, all that is wrong; empty if it is."""
+        return "; ".join(self._faults())
+
+    @property
+    def converged(self) -> bool:
+        """No chain diverged, steps would be accepted at 90%, both halves of the trace and the values at n_beta and
+        gamma x 1/3 and x 3 lie within 20% of the mean, which is above 0."""
+        return not self.reason
+
+    def _faults(self) -> Iterator[str]:
+        if self.diverged:
+            yield f"{self.diverged} of {counted(len(self.per_chain), 'chain')} diverged"
+        if not self.mean > 0.0:
+            if self.mean < 0.0:
+                yield f"{self.mean:.3g} is below 0: lower losses lie near by"
+            return  # exactly 0: nothing that moves has any effect
+        if self.acceptance < LEAST_ACCEPTANCE:
+            yield f"acceptance {self.acceptance:.2f}, under {LEAST_ACCEPTANCE:g}"
+        if not abs(drift := _drift(self.trace)) <= TOLERANCE:
+            yield f"the trace drifts by {drift:+.0%} from its first half to its second"
+        if not self.sensitivity:
+            yield "no look at other n_beta and gamma"
+        far = {name: value / self.mean - 1.0 for name, value in self.sensitivity.items()}
+        moved = [f"{gap:+.0%} at {name}" for name, gap in far.items() if not abs(gap) <= TOLERANCE]
+        if moved:
+            yield "depends on the settings: " + ", ".join(moved)
+
+
+def estimate_llc(
+    loss: Loss,
+    parameters: Weights,
+    batches: Sequence[Any],
+    where: Weights | None = None,
+    settings: LLCSettings | None = None,
+    n: int | None = None,
+) -> LLC:
+    """The local learning coefficient of any loss at any named tensors.
+
+    `loss(parameters, batch)`: a scalar, the mean over the batch, by means that `torch.func.vmap` knows: all chains are
+    one call. `batches`: tensors (or tuples, lists, dicts of them) of one shape; each draw of each chain takes one at
+    random. `where`: bool by name, shaped as the parameters: the weights that move (the refined coefficient); names left
+    out stay as they are. `n`: examples in the data, to be stated.
+
+    ValueError for no batches, batches of several shapes, parameters that are not floats, and masks of other shapes or
+    names.
+    """
+    settings = settings or LLCSettings()
+    _check_masks(parameters, where)
+    moving = {name: value for name, value in parameters.items() if where is None or name in where}
+    target = _Plain(loss, parameters, moving, batches)
+    return estimate_llcs(target, [0], settings, n, where=where)[0]
+
+
+def estimate_llcs(
+    target: Target,
+    seeds: Sequence[int],
+    settings: LLCSettings,
+    n: int | None = None,
+    at_once: int = 32,
+    where: Weights | None = None,
+) -> list[LLC]:
+    """The coefficient at each of a target's P points, `seeds [P]` being of each point's own chains.
+
+    At most `at_once` chains run together (those of one point always do): as many as fit a cache on a CPU, all that fit
+    the memory of a GPU. No number depends on it, nor on the other points.
+    """
+    nearby = {"n_beta / 3": (1 / 3, 1.0), "n_beta x 3": (3.0, 1.0), "gamma / 3": (1.0, 1 / 3), "gamma x 3": (1.0, 3.0)}
+    factors = {"": (1.0, 1.0)} | (nearby if settings.sensitivity else {})
+    variants = [_changed(settings, *pair) for pair in factors.values()]
+    found = []
+    for chains in _by_point(target, seeds, variants, at_once, where):
+        trace, acceptance = chains.trace[0], chains.acceptance[0]
+        values = dict(zip(factors, (_mean(row) for row in chains.trace.mean(axis=2)), strict=True))
+        found.append(
+            LLC(
+                mean=values.pop(""), sd=_sd(trace.mean(axis=1)), per_chain=trace.mean(axis=1), trace=trace,
+                acceptance=_mean(acceptance), diverged=int(np.isnan(trace).any(axis=1).sum()), n=n,
+                n_beta=settings.n_beta, gamma=settings.gamma, sigma=settings.sigma, sensitivity=values,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _changed(settings: LLCSettings, a: float, b: float) -> LLCSettings:
+    """At other n_beta and gamma; where they grow, steps shrink with them, so that their error does not."""
+    eps = settings.step_size / max(a, b, 1.0)
+    return replace(settings, n_beta=settings.n_beta * a, gamma=settings.gamma * b, step_size=eps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Calibration:
+    """A grid of step sizes and localisations, one entry a combination, and the one to use.
+
+    Among those where no chain diverged, acceptance is 90% or more and the trace is flat within 20%: the least gamma,
+    and with it the largest step. `refusal`: why there is none.
+    """
+
+    step_size: Array  # [G]
+    gamma: Array  # [G]
+    llc: Array  # [G]: mean over points and chains
+    sd: Array  # [G]: over chains, mean over points
+    acceptance: Array  # [G]
+    drift: Array  # [G]: of the mean trace, from the first half to the second, as a share of the mean
+    diverged: NDArray[np.intp]  # [G]: chains
+    trace: Array  # [G, draws]: mean over points and chains
+    chosen: LLCSettings | None
+    refusal: str
+
+
+def calibrate(
+    target: Target,
+    seeds: Sequence[int],
+    settings: LLCSettings,
+    step_sizes: Sequence[float],
+    gammas: Sequence[float],
+    at_once: int = 32,
+) -> Calibration:
+    """Try step sizes and localisations on a target's points, all other settings held."""
+    for name, values in (("step_sizes", step_sizes), ("gammas", gammas)):
+        _require(name, list(values), len(values) > 0, "at least one")
+    variants = [replace(settings, gamma=gamma, step_size=eps) for gamma, eps in product(sorted(gammas), step_sizes)]
+    found = list(_by_point(target, seeds, variants, at_once, None))
+    traces = np.stack([chains.trace for chains in found])  # [P, G, chains, draws]
+    mean = _nanmean(traces, (0, 2))
+    llc, drift = mean.mean(axis=1), np.array([_drift(row[None]) for row in mean])
+    acceptance = _nanmean(np.stack([chains.acceptance for chains in found]), (0, 2))
+    diverged = np.isnan(traces).any(axis=3).sum(axis=(0, 2))
+    sd = _nanmean(np.array([[_sd(row) for row in point.mean(axis=2)] for point in traces]), (0,))
+    sound = (diverged == 0) & (acceptance >= LEAST_ACCEPTANCE) & (np.abs(drift) <= TOLERANCE)
+    ranked = sorted(np.flatnonzero(sound), key=lambda i: (variants[i].gamma, -variants[i].step_size))
+    lacks = {
+        "a chain diverged": diverged > 0,
+        f"acceptance under {LEAST_ACCEPTANCE:g}": ~(acceptance >= LEAST_ACCEPTANCE),
+        "the trace is not flat": ~(np.abs(drift) <= TOLERANCE),
+    }
+    reasons = [f"{text} at {int(bad.sum())} of {bad.size}" for text, bad in lacks.items() if bad.any()]
+    return Calibration(
+        step_size=np.array([each.step_size for each in variants]), gamma=np.array([each.gamma for each in variants]),
+        llc=llc, sd=sd, acceptance=acceptance, drift=drift, diverged=diverged, trace=mean,
+        chosen=variants[ranked[0]] if ranked else None, refusal="" if ranked else "; ".join(reasons),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PointChains:
+    """Of one point: trace `[V, chains, draws]`, acceptance `[V, chains]`, V variants of the settings."""
+
+    trace: Array
+    acceptance: Array
+
+
+def _by_point(
+    target: Target, seeds: Sequence[int], variants: Sequence[LLCSettings], at_once: int, where: Weights | None
+) -> Iterator[_PointChains]:
+    """All chains of each point. Variants share their random numbers, so that they differ by their settings only."""
+    points, settings = len(next(iter(target.centre.values()))), variants[0]
+    _require("seeds", len(seeds), len(seeds) == points, f"{points}, one for each point")
+    shape = (len(variants), settings.chains)
+    each = math.prod(shape)
+    step = max(1, at_once // each)
+    for start in range(0, points, step):
+        group = range(start, min(start + step, points))
+        own = [seed_of(settings.seed, seeds[point], chain) for point in group for _, chain in np.ndindex(shape)]
+        place = torch.repeat_interleave(torch.tensor(group), each)
+
+        def column(name: str, times: int = len(group)) -> Tensor:
+            values = [getattr(variant, name) for variant in variants]
+            return torch.tensor(values, dtype=torch.float64).repeat_interleave(settings.chains).repeat(times)
+
+        levels = Levels(n_beta=column("n_beta"), gamma=column("gamma"), step_size=column("step_size"))
+        chains = run_chains(target, place.to(_device(target)), own, levels, settings.schedule, where)
+        trace, acceptance = (_cpu(value) for value in (chains.trace, chains.acceptance))
+        for index in range(len(group)):
+            part = slice(index * each, (index + 1) * each)
+            yield _PointChains(trace[part].reshape(*shape, -1), acceptance[part].reshape(shape))
+
+
+class _Plain:
+    """A loss of one model as a target of one point."""
+
+    def __init__(self, loss: Loss, parameters: Weights, moving: Weights, batches: Sequence[Any]) -> None:
+        self._loss, self._fixed = loss, {k: v.detach() for k, v in parameters.items() if k not in moving}
+        self.centre: Weights = {name: value.detach()[None] for name, value in moving.items()}
+        self._batches, self._count = _stacked(batches)
+        with torch.no_grad():
+            values = [loss({k: v.detach() for k, v in parameters.items()}, batch) for batch in batches]
+        _require("loss", tuple(values[0].shape), values[0].dim() == 0, "a scalar, shape ()")
+        self._base = torch.stack(values)
+
+    def at(self, place: Tensor) -> _Plain:
+        """One point serves all."""
+        return self
+
+    def draw(self, streams: Streams) -> Tensor:
+        """Numbers of batches."""
+        return streams.integers(self._count, 1)[:, 0]
+
+    def loss(self, weights: Weights, batch: Tensor) -> Tensor:
+        """Of all chains in one call."""
+        picked = pytree.tree_map(lambda values: values[batch], self._batches)
+        found: Tensor = vmap(lambda own, data: self._loss({**self._fixed, **own}, data))(dict(weights), picked)
+        return found
+
+    def base(self, batch: Tensor) -> Tensor:
+        """Computed once for each batch."""
+        return self._base[batch]
+
+
+def _stacked(batches: Sequence[Any]) -> tuple[Any, int]:
+    """All batches as one, with a leading axis."""
+    _require("batches", len(batches), len(batches) > 0, "one or more")
+    leaves, shape = zip(*(pytree.tree_flatten(batch) for batch in batches), strict=True)
+    alike = {
+        (str(form), tuple((type(leaf), *getattr(leaf, "shape", ())) for leaf in own))
+        for own, form in zip(leaves, shape, strict=True)
+    }
+    tensors = all(isinstance(leaf, Tensor) for own in leaves for leaf in own)
+    _require(
+        "batches",
+        f"of {len(alike)} shapes",
+        len(alike) == 1 and tensors,
+        "tensors (in tuples, lists, dicts) of one shape",
+    )
+    stacked = [torch.stack(list(column)) for column in zip(*leaves, strict=True)]
+    return pytree.tree_unflatten(stacked, shape[0]), len(batches)
+
+
+def _check_masks(parameters: Weights, where: Weights | None) -> None:
+    _require("parameters", dict(parameters), len(parameters) > 0, "one or more tensors")
+    for name, value in parameters.items():
+        _require(f"parameters[{name!r}]", value.dtype, value.is_floating_point(), "a floating-point tensor")
+    for name, mask in (where or {}).items():
+        _require("where", name, name in parameters, f"names of parameters: {', '.join(parameters)}")
+        shape = tuple(parameters[name].shape)
+        _require(f"where[{name!r}]", tuple(mask.shape), mask.shape == shape, f"{shape}, as the parameter has")
+        _require(f"where[{name!r}]", mask.dtype, mask.dtype == torch.bool, "bool")
+
+
+def _require(name: str, value: object, allowed: bool, condition: str) -> None:
+    if not allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {condition}")
+
+
+def _device(target: Target) -> torch.device:
+    return next(iter(target.centre.values())).device
+
+
+def _cpu(value: Tensor) -> Array:
+    return np.asarray(value.double().cpu().numpy())
+
+
+def _drift(trace: Array) -> float:
+    """(mean of the second half - mean of the first) / mean of `trace [chains, draws]`, without chains that diverged."""
+    mean = _nanmean(trace, (0,))
+    middle = mean.size // 2
+    level = mean.mean()
+    return float((mean[middle:].mean() - mean[:middle].mean()) / level) if level else NAN
+
+
+def _mean(values: Array) -> float:
+    return float(_nanmean(values, (0,)))
+
+
+def _sd(values: Array) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.std(ddof=1)) if known.size > 1 else NAN
+
+
+def _nanmean(values: Array, axes: tuple[int, ...]) -> Array:
+    """Mean over what is finite; nan where nothing is."""
+    known = np.isfinite(values)
+    count = known.sum(axis=axes)
+    return np.where(count > 0, np.where(known, values, 0.0).sum(axis=axes) / np.maximum(count, 1), NAN)
