@@ -207,4 +207,5 @@ def _metric(square: Tensor, where: Tensor | None) -> Tensor:
     count = free.sum(1, keepdim=True).clamp_min(1.0)
     size = ((square * free).sum(1, keepdim=True) / count).clamp_min(torch.finfo(square.dtype).tiny)
     metric = 1.0 / ((square / size).sqrt() + STABILITY)
-    return metric / ((metric * free).sum(1, keepdim=True) / count).clamp_min(torch.finfo(square.dtype).tiny)
+    level = (metric * free).sum(1, keepdim=True) / count
+    return metric / torch.where(level > 0.0, level, 1.0)  # 0 where nothing moves
