@@ -112,11 +112,9 @@ def verdict(laws: Sequence[Law], endpoint: str) -> str:
     if {1, -1} <= set(signs):
         return f"No law of {what} is claimed: its sign differs between series."
     if len(signs) < len(laws) or 0 in signs:
-        unsure, unfitted = signs.count(0), len(laws) - len(signs)
-        return (
-            f"No general law of {what} is claimed: of {plural(len(laws), 'fit')} {unsure:,} do not exclude that it "
-            f"does not, and {unfitted:,} could not be made."
-        )
+        counts = {"cannot exclude that it does not": signs.count(0), "could not be made": len(laws) - len(signs)}
+        faults = " and ".join(f"{count:,} {text}" for text, count in counts.items() if count)
+        return f"No general law of {what} is claimed: of {plural(len(laws), 'fit')} {faults}."
     trend = f"the {WHAT[endpoint]} {'falls' if signs[0] == 1 else 'rises'} with width"
     if len(others) == len(laws):
         return (

@@ -21,7 +21,7 @@ from probes.emergence import LEVEL_LIFT
 
 EXPONENT = ("relaxation", "relaxation_low", "relaxation_high")
 FEWEST = 3  # exponents that are drawn
-LINES = 12  # series that are put into words
+LINES, FEW_LINES = 12, 4  # series that are put into words: one sentence each, or several
 SURVIVAL, TAILS, COLLAPSES = 6, 3, 2  # series that are drawn
 LAW_PANELS = 3 + SURVIVAL + 1 + TAILS + 2 * COLLAPSES
 
@@ -63,16 +63,18 @@ class LawSections:
         swept = sorted({rate for each in self.series.values() if RATE in each.members for rate in each.members[RATE]})
         first += [claims.rates_line(found, swept) for found in self.laws if found["rates"]]
         first += [f"{name}: could not be worked out: {cause}" for name, cause in self.failed.items()]
-        section = self.section(
-            "Laws of width",
-            "Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, taken as "
-            "merely late, would fake a law. The level of each member's best detector is the endpoint; heads' own "
+        shown = claims.ordered(self.laws, FEW_LINES)
+        first += [claims.law_line(found, endpoint) for endpoint in (MEMBERS, HEADS) for found in shown]
+        if len(self.laws) > len(shown):
+            first.append(f"All {len(self.laws):,} series stand in the table “Laws of width”.")
+        section = Section(
+            title="Laws of width",
+            text="Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, taken "
+            "as merely late, would fake a law. The level of each member's best detector is the endpoint; heads' own "
             "levels come second. A law is claimed only if it holds in every series: at every learning rate, at each "
             "width's best one, and under every parametrization that was swept.",
-            lambda found: claims.law_line(found, MEMBERS),
-            first,
+            lines=first,
         )
-        section.lines += [claims.law_line(found, HEADS) for found in claims.ordered(self.laws, LINES)]
         shown = claims.ordered(self.laws, len(COLOURS))
         widths = sorted({width for found in shown for width in found["widths"]})
         if len(widths) > 1:

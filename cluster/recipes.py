@@ -26,10 +26,10 @@ def quick() -> Sweep:
 
 
 def width() -> Sweep:
-    """Whether and when heads emerge against width: four widths, three rates, standard and mup, eight seeds each.
+    """Whether and when heads emerge against width: four widths, four rates, standard and mup, eight seeds each.
 
     A wider net at one Adam rate simply moves faster under `standard`, so a law of width is read at every rate, at each
-    width's best rate and under maximal-update rules. About 50 minutes on two cores.
+    width's best rate and under maximal-update rules. About 65 minutes on two cores.
     """
     parent = quick()
     return replace(
@@ -37,7 +37,7 @@ def width() -> Sweep:
         name="width",
         widths=(16, 24, 40, 64),
         seeds=8,
-        axes={"train.learning_rate": (2.5e-4, 1e-3, 4e-3), "model.parametrization": ("standard", "mup")},
+        axes={"train.learning_rate": (2.5e-4, 1e-3, 4e-3, 1.6e-2), "model.parametrization": ("standard", "mup")},
     )
 
 

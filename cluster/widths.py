@@ -110,7 +110,9 @@ def draw_widths(levels: Sequence[Spot], t50s: Sequence[Spot], last: float) -> Fi
         ax.set_xlabel("width of the residual stream (log scale)", fontsize=9.5)
         ax.set_ylabel("training step (log scale)", fontsize=9.5)
     if names != [""]:
-        axes[1, 0].legend(frameon=False, fontsize=8.5, loc="best")
+        handles = axes[1, 0].get_legend_handles_labels()
+        figure.legend(*handles, frameon=False, fontsize=8.5, loc="outside lower left", ncols=2)
+        figure.set_figheight(5.4 + 0.22 * math.ceil(len(names) / 2))
     return figure
 
 

@@ -43,17 +43,17 @@ NAN = float("nan")
 class LLCSettings:
     """How chains run. ValueError, naming the field, for what is not allowed."""
 
-    n_beta: float = 30.0
+    n_beta: float = 100.0
     """Inverse temperature: what L counts, in examples."""
-    gamma: float = 200.0
+    gamma: float = 300.0
     """Strength of the pull back to the point (per squared weight)."""
-    step_size: float = 1e-3
+    step_size: float = 1e-4
     """Variance eps of a step (squared weight)."""
     chains: int = 4
     """Chains of each estimate."""
     draws: int = 200
     """Draws of a chain that count."""
-    burn_in: int = 50
+    burn_in: int = 100
     """Draws of a chain before these."""
     sampler: Sampler = "sgld"
     """sgld, or rmsprop: steps by direction, from the gradients of the first half of the burn-in."""
