@@ -219,7 +219,8 @@ def width_table(heads: pd.DataFrame, members: pd.DataFrame, axes: Sequence[str])
 class Analysis:
     """The tables of a sweep. Members that failed or diverged are rows of `members` with a cause.
 
-    detectors: lift by step of every member's best detector; laws: what holds across each series of members.
+    detectors: lift by step of every member's best detector; laws: what holds across each series of members; llc,
+    degrees: learning coefficients and estimates of k, where they were measured (`cluster.geometry`).
     """
 
     heads: pd.DataFrame
@@ -227,6 +228,8 @@ class Analysis:
     widths: pd.DataFrame
     detectors: pd.DataFrame = field(default_factory=pd.DataFrame)
     laws: Sequence[Law] = ()
+    llc: pd.DataFrame = field(default_factory=pd.DataFrame)
+    degrees: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def read_tables(client: MlflowClient, run_id: str) -> tuple[pd.DataFrame, pd.DataFrame]:

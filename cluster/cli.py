@@ -26,10 +26,14 @@ from cluster.analysis import load_analysis, load_sweep_config, number
 from cluster.display import Terminal, count, duration, show_plan, width_summary
 from cluster.driver import Desk, Outcome, Settings, analyze_again, make_report, run_sweep
 from cluster.encoding import require_known
+from cluster.geometry import Request, Tokens
+from cluster.measuring import measure_geometry
 from cluster.plan import make_plan
 from cluster.recipes import RECIPES, load_sweep
 from cluster.sizing import Room, require_computable
 from cluster.sweep import Sweep, packs, validate
+from probes.llc import LLCSettings
+from sim.checks import require
 
 USAGE = """\
 headway COMMAND ...
@@ -37,12 +41,14 @@ headway COMMAND ...
   recipes               the named sweeps, one line each
   sweep RECIPE ...      train a sweep, measure every head, write a report; run again to go on where it stopped
   status [SWEEP]        sweeps in the ledger, or the members of one
+  probe llc SWEEP       learning coefficients of every head at the kept steps, and degrees of their potentials
   analyze SWEEP         work out timescales again from the tables of the members that are done
   report SWEEP          write the report again from the last analysis
   ui                    MLflow's pages on this machine, with a link to the comparison
 
 `headway COMMAND --help` tells more. RECIPE is a name, or the .json of a stored sweep; SWEEP is a name or an id."""
 
+ON_CLUSTER = ("workers", "gpus", "redo")
 WORDS: dict[str, bool | None] = {"None": None, "True": True, "False": False}
 AXIS_HELP = "A further axis, NAME=VALUE,VALUE,...; may be given several times."
 SWEEP_HELP = """Train a sweep, measure every head as it learns, and write a report.
@@ -114,6 +120,50 @@ class UiOptions(StoreOptions):
     """Address to serve on; the pages have no password, so think before you widen it."""
     port: int = 5000
     """Port to serve on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeOptions(AnalyzeOptions):
+    """Which members are measured, where, on what, and how."""
+
+    workers: int | None = None
+    """CPU cores of a local cluster, one for each member at work. Default: all."""
+    gpus: float | None = None
+    """GPUs a member takes, a fraction to share one. Default: 1 where the cluster has GPUs, else 0."""
+    checkpoints: tuple[str, ...] = ("all",)
+    """Steps, of those at which weights were kept, or all."""
+    heads: tuple[str, ...] = ("all",)
+    """Heads as LAYER.HEAD, or all."""
+    widths: tuple[int, ...] = ()
+    """Widths of the members to measure. Default: all."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the members to measure. Default: all."""
+    tokens: tuple[Tokens, ...] = ("all",)
+    """Over which tokens the loss is taken: all, or those related to another (the data-refined coefficient); or both."""
+    minibatch: int = 32
+    """Examples a draw, with replacement."""
+    examples: int | None = None
+    """Examples of the probe set in the data. Default: all."""
+    redo: bool = False
+    """Measure members again that are done with these settings."""
+    llc: Annotated[LLCSettings, tyro.conf.arg(name="")] = field(default_factory=LLCSettings)
+    """How chains run."""
+
+    @property
+    def request(self) -> Request:
+        """What is measured of every member. ValueError for what cannot be read."""
+        steps = None if self.checkpoints == ("all",) else tuple(map(parse_step, self.checkpoints))
+        heads = None if self.heads == ("all",) else self.heads
+        return Request(
+            llc=self.llc, checkpoints=steps, heads=heads, tokens=self.tokens, minibatch=self.minibatch,
+            examples=self.examples,
+        )  # fmt: skip
+
+
+def parse_step(text: str) -> int:
+    """A step from the command line, or ValueError."""
+    require(text.isdecimal(), "checkpoints", text, "a step, or all")
+    return int(text)
 
 
 def sweep_form(default: Sweep) -> tuple[Any, Any]:
@@ -243,6 +293,33 @@ def analyze_command(arguments: Sequence[str], console: Console) -> int:
     return 0
 
 
+def probe_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway probe llc`."""
+    text = (
+        "Refined learning coefficients of every head at the steps at which weights were kept, and every estimate of "
+        "the degree of its potential; the report is written again. The same command goes on where it was stopped."
+    )
+    kind, *rest = arguments or [""]
+    if kind.startswith("-"):
+        rest = list(arguments)
+    else:
+        require_known(kind, ["llc"], "probe")
+    name, options = named(rest, ProbeOptions(), "headway probe llc", text)
+    settings = Settings(**{item: getattr(options, item) for item in ("tracking_uri", "out", "address", *ON_CLUSTER)})
+    request, which = options.request, {"widths": options.widths, "seeds": options.seeds}
+    desk, parent, sweep = open_named(name, settings)
+    with Terminal(console) as display:
+        measured = measure_geometry(desk, parent, sweep, request, which, display)
+    for member, cause in measured.failed.items():
+        console.print(f"[red]failed[/red]: {escape(member)}: {escape(cause)}")
+    console.print(
+        f"{count(measured.now, 'member')} measured in this call, {count(measured.total, 'member')} in all with these "
+        f"settings; {duration(measured.seconds)}"
+    )
+    console.print(f"report:  {measured.report}")
+    return 1 if measured.failed else 0
+
+
 def report_command(arguments: Sequence[str], console: Console) -> int:
     """`headway report`."""
     name, options = named(arguments, StoreOptions(), "headway report", "Write the report again from the last analysis.")
@@ -331,6 +408,7 @@ def ui_command(arguments: Sequence[str], console: Console) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str], Console], int]] = {
     "sweep": sweep_command,
+    "probe": probe_command,
     "analyze": analyze_command,
     "report": report_command,
     "status": status_command,
@@ -366,7 +444,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        goes_on = "; the ledger says what is done, the same command goes on from there" if command == "sweep" else ""
+        goes_on = (
+            "; the ledger says what is done, the same command goes on from there"
+            if command in ("sweep", "probe")
+            else ""
+        )
         print(f"headway: stopped{goes_on}", file=sys.stderr)
         return 130
 

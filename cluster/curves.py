@@ -128,11 +128,12 @@ def take(arrays: Mapping[str, Array], index: Sequence[int]) -> Columns:
 
 
 def join(parts: Sequence[Mapping[str, Array]]) -> Columns:
-    """One pack's arrays from several packs that were measured at the same steps."""
+    """One pack's arrays from several packs that were measured at the same steps; weights where all have kept them."""
     first = parts[0]
+    names = [name for name in first if not name.startswith("weights/") or all(name in part for part in parts)]
     return {
         name: np.concatenate([part[name] for part in parts]) if member_axis_first(name) else first[name]
-        for name in first
+        for name in names
     }
 
 

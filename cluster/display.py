@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cluster.geometry import Request, Subject
 from cluster.plan import Plan, describe, shape_name
 from cluster.sweep import Pack, Sweep
 from cluster.trial import Report
@@ -110,9 +111,32 @@ class Terminal:
     def analyzed(self, done: int, total: int) -> None:
         """Members analysed so far."""
         if self.console.is_terminal and done == 1:
-            self.total = self.bars.add_task("analysis", total=total, note="")
+            self.total = self.bars.add_task("members", total=total, note="")
         if self.console.is_terminal and self.total is not None:
             self.bars.update(self.total, completed=done)
+
+    def measures(
+        self, request: Request, members: Sequence[Subject], steps: Sequence[int], estimates: int, seconds: float
+    ) -> None:
+        """So many estimates will be made of these members, at these steps, in about so many seconds."""
+        llc = request.llc
+        time = f"about {duration(seconds)}, by one short trial" if math.isfinite(seconds) else "the trial failed"
+        self.stage(f"measuring {count(len(members), 'member')}: {time}")
+        variants = ", and at n_beta and gamma x 1/3 and x 3" if llc.sensitivity else ""
+        self.console.print(
+            f"{count(estimates, 'estimate')} of heads at {count(len(steps), 'step')} "
+            f"({', '.join(f'{step:,}' for step in steps)}), each of {count(llc.chains, 'chain')} x {llc.draws:,} draws "
+            f"after {llc.burn_in:,}{variants}"
+        )
+
+    def measured(self, done: int, total: int, member: str, cause: str) -> None:
+        """Members whose geometry was measured so far; the last of them, and the cause where it failed."""
+        if cause:
+            self.console.print(f"[red]{escape(member)} failed[/red]: {escape(cause)}")
+        if not self.console.is_terminal:
+            self.console.print(f"{done:,} of {count(total, 'member')} measured: {member}")
+        else:
+            self.analyzed(done, total)
 
 
 def count(number: int, noun: str) -> str:
@@ -144,6 +168,12 @@ def show_plan(console: Console, sweep: Sweep, plan: Plan, asked: int | None = No
             f"{minutes:.1f}",
         )
     console.print(table)
+    for at, sizes in plan.weights.items():
+        each = " to ".join(dict.fromkeys(map(size, (min(sizes), max(sizes)))))
+        console.print(
+            f"kept weights: {each} a member x {count(len(sizes), 'member')}, {size(sum(sizes))} in all, at "
+            f"{count(len(at), 'step')}: {', '.join(f'{step:,}' for step in at)}"
+        )
     console.print(
         f"{count(members, 'member')} to train ({plan.done:,} done), {count(len(plan.packs), 'pack')} on "
         f"{count(plan.workers, 'worker')}: about {duration(plan.seconds)}, measured here on short trials;\n"

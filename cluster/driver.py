@@ -20,6 +20,7 @@ from cluster import analysis as analyses
 from cluster import tracking
 from cluster.analysis import Analysis
 from cluster.dispatch import find_room, make_pools, ray_cluster, run_packs, settle_resources, slots
+from cluster.geometry import with_tables
 from cluster.pack import Pace, warn
 from cluster.report import MemberData, require_replaceable, write_report
 from cluster.sizing import require_computable
@@ -249,7 +250,7 @@ def train(job: Job, missing: Sequence[Member]) -> None:
     starts = checkpoint.latest_steps(checkpoint.manifests(files, versions(), warn))
     cut = packs(missing, slots(job.resources), job.desk.settings.pack_size, starts, find_room(job.resources).most)
     job.display.stage("making the pool of examples")
-    pools = make_pools(cut)
+    pools = make_pools(pack.config for pack in cut)
     job.display.packs(cut)
     context = TrialContext(
         packs=cut,
@@ -286,6 +287,7 @@ def load_member(client: MlflowClient, run_id: str) -> MemberData:
 
 def make_report(desk: Desk, sweep: Sweep, place: Place, analysis: Analysis) -> Path:
     """Write the report on disk and put it up as artifacts of the parent run."""
+    analysis = with_tables(desk.client, place.parent, analysis)
     folder = desk.out / sweep.id / "report"
     links = {"MLflow": comparison_hint(desk, place)}
     path = write_report(folder, sweep, analysis, lambda run_id: load_member(desk.client, run_id), links)

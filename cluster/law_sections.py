@@ -69,9 +69,9 @@ class LawSections:
             first.append(f"All {len(self.laws):,} series stand in the table “Laws of width”.")
         section = Section(
             title="Laws of width",
-            text="Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, taken "
-            "as merely late, would fake a law. The level of each member's best detector is the endpoint; heads' own "
-            "levels come second. A law is claimed only if it holds in every series: at every learning rate, at each "
+            text="Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, "
+            "taken as merely late, would fake a law. The level of each member's best detector is the endpoint; heads' "
+            "own levels come second. A law is claimed only if it holds in every series: at every learning rate, at each "
             "width's best one, and under every parametrization that was swept.",
             lines=first,
         )

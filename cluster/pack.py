@@ -144,7 +144,9 @@ class PackRun:
         self.trainer = Trainer(config.system, rows, config.model, trains, keys, orders=orders, state=state)
         self.stops = config.probe.steps(config.train.steps)
         self.sparse = config.probe.sparse_steps(config.train.steps)
-        self.kept = config.probe.weight_steps(config.train.steps)
+        self.kept = config.weight_steps
+        before = self.curves.weights  # an earlier attempt may have been told to keep others
+        self.curves.weights = {step: before[step] for step in before if step in self.kept}
         at_once = fitting(config.system, rows, config.model, config.train, config.probe.at_once)
         self.cuts = even_cuts(len(pack.members), at_once)
         self.validation = pool.parts["validation"]

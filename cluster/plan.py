@@ -13,7 +13,6 @@ from cluster.sizing import Room, pack_bytes
 from cluster.sweep import Member, MemberConfig, Pack
 from sim import system_name
 from sim.pool import Pool
-from train.model import count_parameters, tensor_specs
 
 WARM, TIMED = 3, 8  # steps before and during a measurement
 TRIAL_ROWS = 64
@@ -68,6 +67,14 @@ class Plan:
     def memory(self) -> int:
         """Bytes that the largest pack needs beside torch itself."""
         return max((self.costs[shape_name(pack)].memory for pack in self.packs), default=0)
+
+    @property
+    def weights(self) -> dict[tuple[int, ...], list[int]]:
+        """Bytes of kept weights of each member, by the steps at which they are kept."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for config in (member.config for pack in self.packs for member in pack.members):
+            found.setdefault(tuple(sorted(config.weight_steps)), []).append(weight_bytes(config))
+        return found
 
     @property
     def disk(self) -> int:
@@ -160,8 +167,12 @@ def artifact_bytes(config: MemberConfig, run: PackRun) -> int:
     for probe in run.probes:
         steps = config.probe.steps(last) if probe.when == "every" else config.probe.sparse_steps(last)
         cells += len(steps) * grid * len(probe.columns) * len(probe.relations)
-    weights = count_parameters(tensor_specs(config.model, config.system.d_in, config.system.d_out).values())
-    return int(2.5 * cells) + len(config.probe.weight_steps(last)) * weights * run.trainer.state.weights.element_size()
+    return int(2.5 * cells) + weight_bytes(config)
+
+
+def weight_bytes(config: MemberConfig) -> int:
+    """Of one member's kept weights."""
+    return len(config.weight_steps) * config.weight_bytes
 
 
 def describe(config: MemberConfig) -> str:

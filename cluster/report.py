@@ -22,6 +22,7 @@ from cluster.claims import law_rows, sound_laws
 from cluster.encoding import encode
 from cluster.figures import COLOURS, Portrait, Run
 from cluster.findings import Point, evenly
+from cluster.geometry_sections import GEOMETRY_PANELS, GeometrySection
 from cluster.intervals import CONFIDENCE
 from cluster.law_sections import LAW_PANELS, LawSections
 from cluster.page import Picture, Section, take_picture
@@ -32,8 +33,8 @@ from probes.ablation import LEAST_SHARE
 from probes.emergence import LEVEL_LIFT, START_LIFT
 from sim.checks import require
 
-PANELS = 24 + LAW_PANELS
-FIXED_PANELS = 7 + LAW_PANELS  # losses 1, times against width 4, box 2
+PANELS = 24 + LAW_PANELS + GEOMETRY_PANELS
+FIXED_PANELS = 7 + LAW_PANELS + GEOMETRY_PANELS  # losses 1, times against width 4, box 2
 MEMBERS = 12  # whose losses are drawn
 LAYERS = PANELS - FIXED_PANELS - 2
 
@@ -61,7 +62,8 @@ def write_report(
 ) -> Path:
     """Write `report.html` and its PNGs into `folder`, in place of an older report, all at once; returns the page.
 
-    load: tables of a finished member by run id; called for at most 12 members. links: label -> address or command.
+    load: tables of a finished member by run id; called for at most 12 members, and for 6 where geometry was measured.
+    links: label -> address or command.
     ValueError if the folder holds anything but a report.
     """
     folder = folder.resolve()
@@ -159,12 +161,14 @@ def render(
     layers = sorted(int(layer) for layer in by_layer.nlargest(LAYERS).index)
     shown = fetch(settled, analysis, relation, len(layers), load)
     drawing = Drawing(folder=folder, sweep=sweep, points=settled, shown=shown)
+    geometry = GeometrySection(folder=folder, sweep=sweep, analysis=analysis, load=lambda run: load(run).curves)
     sections = [
         drawing.losses(),
         drawing.box(),
         drawing.heads(layers),
         drawing.widths(),
         *across(folder, sweep, analysis),
+        *geometry.all(),
         drawing.distance(),
         drawing.worth(),
     ]
@@ -177,7 +181,7 @@ def render(
     )
     lines = [(point.label, say.point_line(point, relation)) for point in evenly(points, say.LINES)]
     tables = [make(sweep, analysis) for make in (say.width_rows, say.head_rows, say.member_rows, say.lost_rows)]
-    tables.insert(0, law_rows(sound_laws(analysis.laws)))
+    tables[:0] = [law_rows(sound_laws(analysis.laws)), *geometry.tables()]
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         system=type(sweep.system).__name__,

@@ -92,7 +92,7 @@ def member_bytes(config: MemberConfig) -> int:
     """
     specs = tensor_specs(config.model, config.system.d_in, config.system.d_out)
     weights = count_parameters(specs.values()) * config.train.dtype.itemsize
-    kept = len(config.probe.weight_steps(config.train.steps))
+    kept = len(config.weight_steps)
     return (5 + 3 + 2 * kept) * weights + 3 * table_bytes(config)
 
 

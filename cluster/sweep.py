@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
@@ -20,12 +21,16 @@ from sim.particles import ParticleSystem
 from sim.system import Part, System
 from train.config import ModelConfig, TrainConfig
 from train.loop import MEMBERS_AT_ONCE, even_cuts, probe_steps, shape_of
+from train.model import tensor_specs
 
 Order = Literal["member", "seed"]
 SWEPT = ("model", "system", "data", "train", "probe")  # parts of a sweep whose fields can be axes
 PROBES_VERSION = 2  # raised when a fix changes the numbers that probes write
 INTRODUCED: Mapping[tuple[str, str], object] = {}
 """Defaults that have changed: (class, field) -> the default that the field was introduced with, which ids leave out."""
+NO_NUMBERS = {("ProbeConfig", name) for name in ("weights_per_decade", "weights_last", "weights_budget")}
+"""(class, field) of what is kept, not measured: ids leave these out at any value."""
+ARRAY_BYTES = 320  # of an array's name and form in an .npz, about
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +69,18 @@ class ProbeConfig:
     sparse_per_decade: int = 4
     """Steps a decade for the costly probes (ablations, distances, system figures); the last is always among them."""
 
-    weights_per_decade: int = 1
+    weights_per_decade: int = 4
     """Steps a decade at which every member's weights are kept with its tables; the first and last are among them."""
+    weights_last: int | None = None
+    """Keep weights at the last so many of these steps only. None: at all of them."""
+    weights_budget: float | None = None
+    """Megabytes of weights a member; the steps are thinned out, their ends kept, until they fit. None: no bound."""
 
     def __post_init__(self) -> None:
         require(self.weights_per_decade >= 1, "weights_per_decade", self.weights_per_decade, "at least 1")
+        last, budget = self.weights_last, self.weights_budget
+        require(last is None or last >= 1, "weights_last", last, "at least 1, or None")
+        require(budget is None or budget > 0, "weights_budget", budget, "above 0, or None")
         require(self.replicates >= 2, "replicates", self.replicates, "at least 2")
         require(self.examples >= 1, "examples", self.examples, "at least 1")
         require(1 <= self.sparse_examples <= self.examples, "sparse_examples", self.sparse_examples, "in 1..examples")
@@ -93,9 +105,16 @@ class ProbeConfig:
         """The probe steps at which costly probes run too."""
         return self._nearest(last, self.sparse_per_decade)
 
-    def weight_steps(self, last: int) -> frozenset[int]:
-        """The probe steps at which weights are kept."""
-        return self._nearest(last, self.weights_per_decade)
+    def weight_steps(self, last: int, size: int = 0) -> frozenset[int]:
+        """The probe steps at which weights are kept. size: bytes that these take at one step."""
+        steps = sorted(self._nearest(last, self.weights_per_decade))[-(self.weights_last or 0) :]
+        if self.weights_budget is None or size == 0:
+            return frozenset(steps)
+        room, least = int(1e6 * self.weights_budget // size), min(2, len(steps))
+        allowed = f"at least {math.ceil(least * size / 1e4) / 100:g}, megabytes of the weights at {least} steps"
+        require(room >= least, "probe.weights_budget", self.weights_budget, allowed)
+        count = min(room, len(steps))
+        return frozenset(steps[i * (len(steps) - 1) // max(count - 1, 1)] for i in range(count))
 
     def _nearest(self, last: int, per_decade: int) -> frozenset[int]:
         steps = self.steps(last)
@@ -118,6 +137,20 @@ class MemberConfig:
         probes = len(self.probe.steps(self.train.steps))
         allowed = f"so many that there are {MIN_PROBES} probe steps (there are {probes})"
         require(probes >= MIN_PROBES, "train.steps", self.train.steps, allowed)
+        if self.probe.weights_budget is not None:
+            _ = self.weight_steps  # or ValueError
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its weights at one step, as they are kept."""
+        specs = tensor_specs(self.model, self.system.d_in, self.system.d_out)
+        return sum(math.prod(spec.shape) * self.train.dtype.itemsize + ARRAY_BYTES for spec in specs.values())
+
+    @property
+    def weight_steps(self) -> frozenset[int]:
+        """The steps at which weights are kept."""
+        budget = self.probe.weights_budget
+        return self.probe.weight_steps(self.train.steps, 0 if budget is None else self.weight_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,9 +300,12 @@ def _canonical_part(config: Any) -> dict[str, Any]:
 
 
 def canonical(config: Any) -> dict[str, Any]:
-    """The config as JSON-able values, without fields that stand at the default they were introduced with."""
+    """The config as JSON-able values, without fields that stand at the default they were introduced with, and without
+    those that say what is kept."""
     kept, encoded = {}, encode(config)
     for item in fields(config):
+        if (type(config).__name__, item.name) in NO_NUMBERS:
+            continue
         default: object = item.default
         if item.default_factory is not MISSING:
             default = item.default_factory()

@@ -1,0 +1,424 @@
+"""Degenerate geometry of the members that are done: refined learning coefficients of their heads at the steps at which
+weights were kept, gradients, and every estimate of the degree k of each head's effective potential."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from mlflow import MlflowClient
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.analysis import STAYED_NOT, Analysis, Rows
+from cluster.encoding import encode
+from cluster.intervals import mean_interval
+from cluster.pack import probe_batch
+from cluster.sweep import MemberConfig, digest
+from probes.degree import (
+    PROFILE,
+    Degree,
+    degree_from_gradient,
+    degree_from_loss,
+    degree_from_profile,
+    degree_from_score,
+)
+from probes.llc import LLC, LLCSettings, estimate_llcs
+from probes.relaxation import Relaxation, fit_relaxation
+from sim.checks import require, require_one_of
+from sim.generator import Generator, key_of
+from sim.pool import Pool
+from sim.system import Batch
+from train.checkpoint import decode_arrays
+from train.config import TrainConfig
+from train.loop import even_cuts
+from train.refine import HEAD, HeadTarget, LineTarget, head_gradients
+
+Tokens = Literal["all", "related"]
+HeadKey = tuple[int, int]
+"""(layer, head)"""
+
+VERSION = 1  # raised when a fix changes the numbers
+METHODS = ("gradient", "profile", "score", "loss gap", "line coefficient")
+TABLES = ("llc", "degrees")
+LINE = "one-dimensional learning coefficient along the line at n_beta, gamma; equals 1/k only as n_beta grows"
+LEAST = 8  # steps from a head's onset on, for its gradients to be taken from there
+NEAREST, POINTS = 1e-3, 31  # least |x| of a profile in lengths of the line; points a side
+ROUNDING = 1e3 * np.finfo(float).eps  # of a mean loss
+MEMORY = 1 << 28  # bytes that are kept of what does not move
+AT_ONCE = {"cpu": 32, "cuda": 4096}  # chains
+NEARBY = {
+    "n_beta_third": "n_beta / 3",
+    "n_beta_triple": "n_beta x 3",
+    "gamma_third": "gamma / 3",
+    "gamma_triple": "gamma x 3",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What is measured of every member. None: all of them."""
+
+    llc: LLCSettings = field(default_factory=LLCSettings)
+    checkpoints: tuple[int, ...] | None = None
+    heads: tuple[str, ...] | None = None
+    tokens: tuple[Tokens, ...] = ("all",)
+    minibatch: int = 32
+    examples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoints", "heads", "tokens"):
+            value = getattr(self, name)
+            require(value is None or len(set(value)) == len(value) > 0, name, value, "at least one, each once")
+        for tokens in self.tokens:
+            require_one_of("tokens", tokens, get_args(Tokens))
+        for head in self.heads or ():
+            layer, dot, number = head.partition(".")
+            require(
+                dot == "." and layer.isdecimal() and number.isdecimal(), "heads", head, "LAYER.HEAD, for example 0.1"
+            )
+        require(self.minibatch >= 1, "minibatch", self.minibatch, "at least 1")
+        require(self.examples is None or self.examples >= 1, "examples", self.examples, "at least 1, or None")
+
+    @property
+    def id(self) -> str:
+        """By content; names the results on a member's run."""
+        return digest([encode(self), VERSION])
+
+    def heads_of(self, config: MemberConfig) -> list[HeadKey]:
+        """The heads of a model. ValueError for one that it has not."""
+        own = list(np.ndindex(config.model.layers, config.model.n_heads))
+        if self.heads is None:
+            return own
+        names = {f"{layer}.{head}": (layer, head) for layer, head in own}
+        for name in self.heads:
+            require(name in names, "heads", name, f"one of {', '.join(names)}")
+        return sorted(names[name] for name in self.heads)
+
+    def steps_of(self, kept: Iterable[int]) -> list[int]:
+        """The steps of a member. ValueError for one at which no weights were kept."""
+        kept = sorted(kept)
+        for step in self.checkpoints or ():
+            require(step in kept, "checkpoints", step, f"one of {', '.join(map(str, kept))}, where weights were kept")
+        return sorted(self.checkpoints or kept)
+
+    def examples_of(self, config: MemberConfig) -> int:
+        """How many examples of the probe set. ValueError for more than it has."""
+        size = config.probe.replicates * config.probe.examples
+        require((self.examples or size) <= size, "examples", self.examples, f"at most {size}, those of the probe set")
+        return self.examples or size
+
+    def looks(self, heads: int, steps: int) -> int:
+        """Gradients of a chain's loss, for all estimates of so many heads at so many steps and along their lines."""
+        llc = self.llc
+        checks = -(-llc.draws // llc.check_every) if llc.check_every else 0
+        once = llc.chains * (llc.burn_in + llc.draws + checks)
+        return once * heads * (steps * len(self.tokens) * (5 if llc.sensitivity else 1) + 5)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """A finished member and its run, and what its analysis says: heads, rows on the judged relation; best_head: `1.3`,
+    or nothing."""
+
+    member_id: str
+    run_id: str
+    name: str
+    config: MemberConfig
+    heads: Rows
+    best_head: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """What is kept of a member: weights by step and name, and losses by step."""
+
+    weights: Mapping[int, Mapping[str, NDArray[Any]]]
+    figures: pd.DataFrame
+
+    @classmethod
+    def fetch(cls, client: MlflowClient, run_id: str) -> Kept:
+        """From the artifacts of its run."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [
+                Path(client.download_artifacts(run_id, name, folder)) for name in ("weights.npz", "figures.parquet")
+            ]
+            arrays, figures = decode_arrays(paths[0].read_bytes()), pd.read_parquet(paths[1])
+        weights: dict[int, dict[str, NDArray[Any]]] = {}
+        for path, value in arrays.items():
+            step, _, name = path.partition("/")
+            weights.setdefault(int(step), {})[name] = value
+        return cls(weights=dict(sorted(weights.items())), figures=figures)
+
+    def parameters(self, steps: Sequence[int], device: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Stacked over the steps, `[T, ...]`."""
+        names = self.weights[steps[0]]
+        stacks = {name: np.stack([self.weights[step][name] for step in steps]) for name in names}
+        return {name: torch.from_numpy(stack).to(device, dtype) for name, stack in stacks.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examples:
+    """Fixed examples `[n, N, ...]` and, bool `[n, N]`, the tokens that count (None: all real ones)."""
+
+    batch: Batch
+    tokens: Tensor | None = None
+
+    def double(self) -> Batch:
+        """The batch in float64."""
+        return change(self.batch, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def change(batch: Batch, call: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with a function applied to each tensor; without its geometry."""
+
+    def known(value: Tensor | None) -> Tensor | None:
+        return None if value is None else call(value)
+
+    return Batch(
+        inputs=call(batch.inputs),
+        targets=call(batch.targets),
+        mask=known(batch.mask),
+        keys=known(batch.keys),
+        allowed=known(batch.allowed),
+    )
+
+
+def make_examples(config: MemberConfig, pool: Pool, count: int) -> dict[Tokens, Examples]:
+    """The first examples of the probe set, drawn once; for `related` those with a related token, and these tokens."""
+    rows = pool.parts["probe"]
+    made = probe_batch(
+        config.system, rows.take(slice(0, count)), Generator.of("geometry", config.data.seed, device=rows.device)
+    )
+    batch, related = cast(Batch, made.batch), made.groups["related"]
+    some = related.any(-1)
+    return {
+        "all": Examples(batch=batch),
+        "related": Examples(batch=change(batch, lambda x: x[some]), tokens=related[some]),
+    }
+
+
+class Geometry:
+    """Measures one member on a device."""
+
+    def __init__(self, subject: Subject, kept: Kept, request: Request, pool: Pool, device: str) -> None:
+        self.subject, self.config, self.kept, self.request, self.device = subject, subject.config, kept, request, device
+        self.steps = request.steps_of(kept.weights)
+        self.pool, self.examples = pool, make_examples(self.config, pool, request.examples_of(self.config))
+        self.layers: dict[int, list[int]] = {}
+        for layer, head in request.heads_of(self.config):
+            self.layers.setdefault(layer, []).append(head)
+        self.facts: dict[HeadKey, Mapping[str, Any]] = {(row["layer"], row["head"]): row for row in subject.heads}
+
+    def coefficients(self) -> pd.DataFrame:
+        """The refined coefficient by step, layer, head and tokens."""
+        rows: Rows = []
+        for tokens in self.request.tokens:
+            for layer, heads in self.layers.items():
+                for steps in self._together(tokens, len(heads)):
+                    rows += self._sample(tokens, layer, heads, steps)
+        return pd.DataFrame(rows).sort_values(["tokens", "step", "layer", "head"], ignore_index=True)
+
+    def _together(self, tokens: Tokens, heads: int) -> Iterator[list[int]]:
+        """The steps, as many at a time as memory is meant for."""
+        inputs, train = self.examples[tokens].batch.inputs, self.config.train
+        each = (1 + heads) * math.prod(inputs.shape[:2]) * self.config.model.width * train.dtype.itemsize
+        yield from (self.steps[part] for part in even_cuts(len(self.steps), max(1, MEMORY // max(each, 1))))
+
+    def _sample(self, tokens: Tokens, layer: int, heads: Sequence[int], steps: Sequence[int]) -> Rows:
+        """Heads of one layer at some steps, all their chains in one stack."""
+        data, member = self.examples[tokens], self.subject.member_id
+        require(len(data.batch.inputs) > 0, "tokens", tokens, "all, as no example has a related token")
+        places = [(t, head) for t in range(len(steps)) for head in heads]
+        parameters = self.kept.parameters(steps, self.device)
+        system, model = self.config.system, self.config.model
+        target = HeadTarget(system, model, parameters, data.batch, places, layer, self.request.minibatch, data.tokens)
+        keys = [key_of("llc", member, steps[t], layer, head, tokens) for t, head in places]
+        found = estimate_llcs(target, keys, self.request.llc, len(data.batch.inputs), AT_ONCE[self.device])
+        return [
+            {"step": steps[t], "layer": layer, "head": head, "tokens": tokens, **llc_columns(llc, self.request.llc)}
+            for (t, head), llc in zip(places, found, strict=True)
+        ]
+
+    def seconds_a_look(self) -> float:
+        """Of one gradient by one chain, on the first layer asked for, at the last step."""
+        llc = replace(self.request.llc, draws=8, burn_in=2, check_every=0, sensitivity=True)
+        short = replace(self.request, llc=llc)
+        layer, heads = next(iter(self.layers.items()))
+        trial = Geometry(self.subject, self.kept, short, self.pool, self.device)
+        took = math.inf
+        for _ in range(2):  # the first one brings things into being
+            start = time.perf_counter()
+            trial._sample(self.request.tokens[0], layer, heads, self.steps[-1:])
+            took = min(took, time.perf_counter() - start)
+        return took / (len(heads) * 5 * llc.chains * (llc.burn_in + llc.draws))
+
+    def gradients(self) -> pd.DataFrame:
+        """Mean loss, and the norm of its gradient by each head's weights, in float64 at all steps that are kept."""
+        batch, parts = self.examples["all"].double(), []
+        for step in self.kept.weights:
+            parameters = self.kept.parameters([step], self.device, torch.float64)
+            loss, norms = head_gradients(self.config.system, self.config.model, parameters, batch)
+            for layer, heads in self.layers.items():
+                own = {"layer": layer, "head": heads, "gradient": to_numpy(norms[0, layer, heads])}
+                parts.append(pd.DataFrame({"step": step, "loss": float(loss[0]), **own}))
+        return pd.concat(parts, ignore_index=True)
+
+    def degrees(self, gradients: pd.DataFrame) -> pd.DataFrame:
+        """Every estimate of k, a row by head and method; the loss gap is the whole member's: layer and head -1."""
+        rows: Rows = [{"layer": -1, "head": -1, "method": "loss gap", **asdict(self._from_loss())}]
+        for layer, heads in self.layers.items():
+            along = self._along_lines(layer, heads)
+            for head in heads:
+                own = gradients[(gradients["layer"] == layer) & (gradients["head"] == head)]
+                fact = self.facts.get((layer, head), {})
+                found = {"gradient": from_gradient(own, fact.get("onset", math.nan)), "score": self._from_score(fact)}
+                rows += [
+                    {"layer": layer, "head": head, "method": method, **asdict(degree)}
+                    for method, degree in {**found, **along[head]}.items()
+                ]
+        return pd.DataFrame(rows)
+
+    def _along_lines(self, layer: int, heads: Sequence[int]) -> dict[int, dict[str, Degree]]:
+        """From the line of each head's weights, from before it emerged to the end."""
+        kept = list(self.kept.weights)
+        end, before = kept[-1], {head: self._before(layer, head) for head in heads}
+        weights = {step: self.kept.parameters([step], self.device, torch.float64) for step in {end, *before.values()}}
+        data, dtype = self.examples["all"], self.config.train.dtype
+
+        def moved(head: int, name: str) -> Tensor:
+            return (weights[before[head]][f"{layer}.{name}"] - weights[end][f"{layer}.{name}"])[0, head]
+
+        still = [head for head in heads if not any(bool(moved(head, name).any()) for name in HEAD)]
+        reason = "the head's weights are the same at both ends of its line"
+        refused = {"profile": refuse(PROFILE, reason), "line coefficient": refuse(LINE, reason)}
+        found = dict.fromkeys(still, refused)
+        going = [head for head in heads if head not in still]
+        if not going:
+            return found
+        direction = {name: torch.stack([moved(head, name) for head in going]) for name in HEAD}
+        places = [(0, head) for head in going]
+
+        def line(batch: Batch, dtype: torch.dtype) -> LineTarget:
+            end_weights = {name: value.to(dtype) for name, value in weights[end].items()}
+            size, system, model = self.request.minibatch, self.config.system, self.config.model
+            target = HeadTarget(system, model, end_weights, batch, places, layer, size)
+            return LineTarget(target, {name: value.to(dtype) for name, value in direction.items()})
+
+        keys = [key_of("line", self.subject.member_id, layer, head) for head in going]
+        settings = replace(self.request.llc, sensitivity=True)
+        sampled = estimate_llcs(line(data.batch, dtype), keys, settings, len(data.batch.inputs), AT_ONCE[self.device])
+        profiles = from_profiles(line(data.double(), torch.float64))
+        for head, degree, llc in zip(going, profiles, sampled, strict=True):
+            found[head] = {"profile": degree, "line coefficient": from_line(llc)}
+        return found
+
+    def _before(self, layer: int, head: int) -> int:
+        """The last step before the head emerged at which weights are kept; the first one where there is none."""
+        kept, start = list(self.kept.weights), self.facts.get((layer, head), {}).get("t10", math.nan)
+        return max((step for step in kept if step < start), default=kept[0])
+
+    def _from_score(self, fact: Mapping[str, Any]) -> Degree:
+        return self._dynamic(degree_from_score(relaxation_of(fact)))
+
+    def _from_loss(self) -> Degree:
+        table = self.kept.figures[["step", "validation_loss"]].dropna()
+        time = cumulative_rate(table["step"].to_numpy(float), self.config.train)
+        loss = table["validation_loss"].to_numpy(float)
+        half = int(np.argmax(loss <= 0.5 * (loss[0] + loss.min())))
+        return self._dynamic(degree_from_loss(fit_relaxation(time, loss, (time[half], time[-1]))))
+
+    def _dynamic(self, degree: Degree) -> Degree:
+        """An estimate that takes training to be gradient flow."""
+        optimizer = self.config.train.optimizer
+        words = "" if optimizer == "sgd" else f"descriptive under {optimizer}: "
+        return replace(degree, assumption=words + degree.assumption)
+
+
+def llc_columns(llc: LLC, settings: LLCSettings) -> dict[str, Any]:
+    """An estimate as columns of a table; low, high: interval over chains."""
+    _, low, high = mean_interval(llc.per_chain.tolist())
+    return {
+        "llc": llc.mean, "sd": llc.sd, "low": low, "high": high, "acceptance": llc.acceptance, "diverged": llc.diverged,
+        "chains": settings.chains, "draws": settings.draws, "n": llc.n, "n_beta": llc.n_beta, "gamma": llc.gamma,
+        "sigma": math.nan if llc.sigma is None else llc.sigma,
+        **{column: llc.sensitivity.get(name, math.nan) for column, name in NEARBY.items()},
+        "converged": llc.converged, "reason": llc.reason,
+    }  # fmt: skip
+
+
+def refuse(assumption: str, reason: str) -> Degree:
+    """No estimate."""
+    return Degree(k=math.nan, low=math.nan, high=math.nan, assumption=assumption, refusal=reason)
+
+
+def from_gradient(own: pd.DataFrame, onset: float) -> Degree:
+    """From the steps since the head's onset, or from all where these are few; `own`: its rows of the gradients."""
+    late = own[own["step"] >= onset]
+    chosen = late if len(late) >= LEAST else own
+    return degree_from_gradient(chosen["loss"], chosen["gradient"])
+
+
+def from_profiles(line: LineTarget) -> list[Degree]:
+    """From the loss on both sides of the end of each line, up to the line's own length."""
+    length = to_numpy(line.length)
+    side = np.geomspace(NEAREST * length.min(), length.max(), POINTS)
+    t = np.concatenate([-side[::-1], [0.0], side])
+    found = []
+    for losses, reach in zip(to_numpy(line.profile(torch.from_numpy(t).to(line.length))), length, strict=True):
+        near = (t == 0.0) | ((np.abs(t) >= NEAREST * reach) & (np.abs(t) <= reach * (1 + 1e-9)))
+        found.append(degree_from_profile(t[near], losses[near], floor=ROUNDING * abs(losses[POINTS])))
+    return found
+
+
+def from_line(llc: LLC) -> Degree:
+    """k = 1 / llc of a one-dimensional coefficient in (0, 1/2]; refused where it is not converged."""
+    if not llc.converged:
+        return refuse(LINE, f"not converged: {llc.reason}")
+    if not 0.0 < llc.mean <= 0.5:
+        return refuse(LINE, f"coefficient {llc.mean:.3g} is outside (0, 1/2]")
+    _, low, high = mean_interval(llc.per_chain.tolist())
+    return Degree(k=1 / llc.mean, low=1 / high, high=1 / low if low > 0 else math.inf, assumption=LINE, refusal="")
+
+
+def relaxation_of(fact: Mapping[str, Any]) -> Relaxation:
+    """The approach to the plateau as a row of the head table has it."""
+    nan = float("nan")
+    return Relaxation(
+        preferred=fact.get("relaxation_law") or "undecided", exponent=fact.get("relaxation", nan),
+        low=fact.get("relaxation_low", nan), high=fact.get("relaxation_high", nan), t0=fact.get("relaxation_t0", nan),
+        s_inf=fact.get("relaxation_plateau", nan), decades=fact.get("relaxation_decades", nan), memory=nan,
+        gap_decades=nan, probes=0, scores={}, refusal=fact.get("relaxation_refusal", STAYED_NOT),
+    )  # fmt: skip
+
+
+def cumulative_rate(steps: NDArray[np.float64], train: TrainConfig) -> NDArray[np.float64]:
+    """Sum of the learning rates of all steps so far, in units of the rate after the warm-up."""
+    rising = np.minimum(steps, train.warmup)
+    return np.asarray(steps - rising + rising * (rising + 1) / (2 * max(train.warmup, 1)))
+
+
+def to_numpy(values: Tensor) -> NDArray[np.float64]:
+    """In float64 on the host."""
+    return np.asarray(values.detach().double().cpu().numpy())
+
+
+def with_tables(client: MlflowClient, parent: str, analysis: Analysis) -> Analysis:
+    """The analysis with what was measured last, of those runs that still count; without, where nothing was."""
+    held = {item.path for item in client.list_artifacts(parent, "analysis")}
+    if analysis.members.empty or not held.issuperset(f"analysis/{name}.parquet" for name in TABLES):
+        return analysis
+    tables = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in TABLES:
+            table = pd.read_parquet(client.download_artifacts(parent, f"analysis/{name}.parquet", folder))
+            tables[name] = table[table["run_id"].isin(analysis.members["run_id"])].reset_index(drop=True)
+    return replace(analysis, llc=tables["llc"], degrees=tables["degrees"])

@@ -1,0 +1,282 @@
+"""The job of measuring degenerate geometry: finished members of a sweep, as Ray tasks, none a second time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import ray
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Run
+from mlflow.exceptions import MlflowException
+
+from cluster import tracking
+from cluster.analysis import Analysis, load_analysis, member_keys
+from cluster.dispatch import make_pools, ray_cluster, settle_resources, slots
+from cluster.driver import Desk, make_report
+from cluster.encoding import decode
+from cluster.geometry import TABLES, Geometry, Kept, Request, Subject
+from cluster.sweep import MemberConfig, Sweep
+from cluster.tracking import Place
+from cluster.trial import pool_name, to_parquet
+from sim.checks import require
+from sim.pool import Pool
+
+CURVE = "llc_best_head"
+
+
+class Display(Protocol):
+    """What a user sees meanwhile."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the job has begun."""
+
+    def measures(
+        self, request: Request, members: Sequence[Subject], steps: Sequence[int], estimates: int, seconds: float
+    ) -> None:
+        """So many estimates will be made of these members, at these steps, in about so many seconds."""
+
+    def measured(self, done: int, total: int, member: str, cause: str) -> None:
+        """Members whose geometry was measured so far; the last of them, and the cause where it failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What `measure_geometry` ended with: members measured in this call and in all, causes of failure by member."""
+
+    report: Path
+    now: int
+    total: int
+    failed: Mapping[str, str]
+    seconds: float
+
+
+def measure_geometry(
+    desk: Desk, parent: Run, sweep: Sweep, request: Request, which: Mapping[str, Sequence[int]], display: Display
+) -> Measured:
+    """Learning coefficients and degrees of finished members that have none yet, tables of all, and the report again.
+
+    which: `widths` and `seeds` of the members to measure, none for all. ValueError, before anything starts, where the
+    sweep was not analysed, or a width, seed, head, checkpoint or number of examples does not exist.
+    """
+    start = time.monotonic()
+    place = Place(uri=desk.uri, experiment=desk.experiment, parent=parent.info.run_id)
+    analysis = load_analysis(desk.client, place.parent)
+    counted = tracking.counted(tracking.children(desk.client, place))
+    subjects = find_subjects(desk.client, sweep, analysis, counted, which)
+    for subject in subjects:
+        request.heads_of(subject.config)
+        request.examples_of(subject.config)
+    tag = tag_of(request)
+    tagged = {run.info.run_id for run in counted.values() if tag in run.data.tags}
+    todo = [each for each in subjects if each.run_id not in tagged or desk.settings.redo]
+    failed = measure_members(desk, place, request, todo, display) if todo else {}
+    lost = {each.run_id for each in todo if each.name in failed}
+    have = (tagged | {each.run_id for each in todo}) - lost
+    keys = {run.info.run_id: member_keys(run, sweep) for run in counted.values() if run.info.run_id in have}
+    if keys:
+        display.stage("gathering tables, writing the report")
+        save_tables(desk.client, place.parent, fetch_tables(desk.client, keys, request))
+    return Measured(
+        report=make_report(desk, sweep, place, analysis),
+        now=len(todo) - len(failed),
+        total=len(keys),
+        failed=failed,
+        seconds=time.monotonic() - start,
+    )
+
+
+def find_subjects(
+    client: MlflowClient,
+    sweep: Sweep,
+    analysis: Analysis,
+    counted: Mapping[str, Run],
+    which: Mapping[str, Sequence[int]],
+) -> list[Subject]:
+    """The finished members of these widths and seeds, with what their analysis says of their heads."""
+    configs = {member.id: member.config for member in sweep.members()}
+    if not any(run.info.status == "FINISHED" for run in counted.values()):
+        raise ValueError(f"sweep: no member of {sweep.id} has finished yet")
+    heads = (
+        analysis.heads[analysis.heads["relation"] == sweep.system.relation] if len(analysis.heads) else analysis.heads
+    )
+    by_run = dict(list(heads.groupby("run_id"))) if len(heads) else {}
+    analyzed = analysis.members.reindex(columns=["run_id", "best_head"]).to_dict("records")
+    best = {row["run_id"]: row["best_head"] if isinstance(row["best_head"], str) else "" for row in analyzed}
+    found = []
+    for member, run in counted.items():
+        if run.info.status == "FINISHED":
+            run_id = run.info.run_id
+            if run_id not in best:
+                raise ValueError(f"sweep: run {run_id} is not in the analysis yet; run `headway analyze` first")
+            config = configs.get(member) or load_config(client, run_id)
+            table = by_run[run_id].to_dict("records") if run_id in by_run else []
+            rows = [{str(name): value for name, value in row.items()} for row in table]
+            name = str(run.info.run_name)
+            subject = Subject(
+                member_id=member, run_id=run_id, name=name, config=config, heads=rows, best_head=best[run_id]
+            )
+            found.append(subject)
+    for name, asked in which.items():
+        known = {place_of(each)[name] for each in found}
+        for value in asked:
+            require(
+                value in known, name, value, f"one of {', '.join(map(str, sorted(known)))}, those of finished members"
+            )
+        found = [each for each in found if not asked or place_of(each)[name] in asked]
+    return found
+
+
+def place_of(subject: Subject) -> dict[str, int]:
+    """What members are chosen by."""
+    return {"widths": subject.config.model.width, "seeds": subject.config.seed}
+
+
+def load_config(client: MlflowClient, run_id: str) -> MemberConfig:
+    """Of a member that is on record, but no more in the sweep as it is configured now."""
+    with tempfile.TemporaryDirectory() as folder:
+        body = json.loads(Path(client.download_artifacts(run_id, "config.json", folder)).read_text())
+    config: MemberConfig = decode(MemberConfig, body)
+    return config
+
+
+def measure_members(
+    desk: Desk, place: Place, request: Request, todo: Sequence[Subject], display: Display
+) -> dict[str, str]:
+    """Measure on the cluster, what costs most first; causes of failure by member."""
+    todo = sorted(todo, key=lambda each: -each.config.model.width)
+    steps = request.steps_of(Kept.fetch(desk.client, todo[0].run_id).weights)
+    for each in todo if desk.settings.redo else ():
+        with suppress(MlflowException):  # it has none
+            desk.client.delete_tag(each.run_id, tag_of(request))
+    display.stage("starting Ray")
+    failed = {}
+    with ray_cluster(desk.settings.address, desk.settings.workers):
+        resources = settle_resources(desk.settings.gpus)
+        display.stage("making the pool of examples, and one short trial")
+        pools = make_pools(each.config for each in todo)
+        look = time_first(place, todo[0], request, pools, resources)
+        heads = sum(len(request.heads_of(each.config)) for each in todo)
+        seconds = look * request.looks(heads, len(steps)) / min(slots(resources), len(todo))
+        estimates = heads * len(steps) * len(request.tokens)
+        display.measures(request, todo, steps, estimates, seconds)
+        for done, (subject, cause) in enumerate(spread(place, todo, request, pools, resources), start=1):
+            if cause:
+                failed[subject.name] = cause
+            display.measured(done, len(todo), subject.name, cause)
+    return failed
+
+
+def set_up(place: Place, subject: Subject, request: Request, pools: Mapping[str, Any]) -> Geometry:
+    """A member on this worker's device."""
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+    kept = Kept.fetch(MlflowClient(tracking_uri=place.uri), subject.run_id)
+    pool = Pool.from_arrays(ray.get(pools[pool_name(subject.config)])).to(device, subject.config.train.dtype)
+    return Geometry(subject, kept, request, pool, device)
+
+
+def time_member(place: Place, subject: Subject, request: Request, pools: Mapping[str, Any]) -> float:
+    """A Ray task: seconds of one look, on one member."""
+    return set_up(place, subject, request, pools).seconds_a_look()
+
+
+def measure_member(place: Place, subject: Subject, request: Request, pools: Mapping[str, Any]) -> None:
+    """A Ray task: one member's tables and curve to its run; the tag that says so comes last."""
+    geometry = set_up(place, subject, request, pools)
+    llc, gradients = geometry.coefficients(), geometry.gradients()
+    tables = {"llc": llc, "geometry": gradients, "degrees": geometry.degrees(gradients)}
+    client, checksum = MlflowClient(tracking_uri=place.uri), hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, table in tables.items():
+            content = to_parquet({str(column): table[column].to_numpy() for column in table})
+            (Path(folder) / f"{name}-{request.id}.parquet").write_bytes(content)
+            checksum.update(content)
+        client.log_artifacts(subject.run_id, folder)
+    client.log_batch(subject.run_id, metrics=curve(llc, geometry.kept.figures, subject.best_head))
+    client.set_tag(subject.run_id, tag_of(request), checksum.hexdigest()[:16])
+
+
+def curve(llc: pd.DataFrame, figures: pd.DataFrame, best_head: str) -> list[Metric]:
+    """The coefficient of the best detector by step, at the times when the member was there: a repeat is the same."""
+    own = llc[(llc["layer"].astype(str) + "." + llc["head"].astype(str) == best_head) & np.isfinite(llc["llc"])]
+    own = own[own["tokens"] == own["tokens"].min()].merge(figures[["step", "wall_time"]], on="step")
+    return [
+        Metric(CURVE, float(row["llc"]), int(1000 * row["wall_time"]), int(row["step"]))
+        for row in own.to_dict("records")
+    ]
+
+
+def tag_of(request: Request) -> str:
+    """On a member's run once its tables are up."""
+    return f"llc.{request.id}"
+
+
+def time_first(
+    place: Place, subject: Subject, request: Request, pools: Mapping[str, Any], resources: Mapping[str, float]
+) -> float:
+    """Seconds of one look, on one member, as a worker sees it; NaN where it fails, as its turn will tell."""
+    task: Any = ray.remote(num_cpus=1, num_gpus=resources.get("GPU", 0.0), max_retries=2)(time_member)
+    try:
+        seconds: float = ray.get(task.remote(place, subject, request, pools))
+    except ray.exceptions.RayError:
+        return math.nan
+    return seconds
+
+
+def spread(
+    place: Place,
+    subjects: Sequence[Subject],
+    request: Request,
+    pools: Mapping[str, Any],
+    resources: Mapping[str, float],
+) -> Iterator[tuple[Subject, str]]:
+    """Measure members, one a Ray task; each as it is done, with the cause where it failed."""
+    task: Any = ray.remote(num_cpus=1, num_gpus=resources.get("GPU", 0.0), max_retries=2)(measure_member)
+    waiting: dict[Any, Subject] = {task.remote(place, each, request, pools): each for each in subjects}
+    while waiting:
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        cause = ""
+        try:
+            ray.get(ready)
+        except ray.exceptions.RayError as error:
+            cause = str(error).strip().splitlines()[-1]
+        yield waiting.pop(ready), cause
+
+
+def fetch_tables(
+    client: MlflowClient, keys: Mapping[str, Mapping[str, Any]], request: Request
+) -> dict[str, pd.DataFrame]:
+    """The tables of all members, the columns that name one (`keys`, by run) in front."""
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    for run_id, own in keys.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for name, found in parts.items():
+                path = client.download_artifacts(run_id, f"{name}-{request.id}.parquet", folder)
+                table = pd.read_parquet(path)
+                found.append(pd.concat([pd.DataFrame([own] * len(table), index=table.index), table], axis=1))
+    tables = {name: pd.concat(found, ignore_index=True) for name, found in parts.items()}
+    for table in tables.values():
+        for name in next(iter(keys.values())):
+            if table[name].map(type).nunique() > 1:  # one type a column, as in the tables of the analysis
+                table[name] = table[name].astype(str)
+    return tables
+
+
+def save_tables(client: MlflowClient, parent: str, tables: Mapping[str, pd.DataFrame]) -> None:
+    """On the sweep's own run, beside those of its analysis."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, table in tables.items():
+            table.to_parquet(Path(folder) / f"{name}.parquet", index=False)
+        client.log_artifacts(parent, folder, "analysis")
