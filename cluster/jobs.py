@@ -1,0 +1,535 @@
+"""Sweeps as jobs of a Ray cluster: submit, follow, list, stop; what several nodes need; a local MLflow server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import logging
+import os
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
+
+import aiohttp
+import ray
+import tyro
+from ray.exceptions import AuthenticationError, RayError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster import tracking
+from cluster.display import duration
+from cluster.store import open_store
+from cluster.sweep import Sweep, validate
+from sim.checks import require
+
+if TYPE_CHECKING:
+    from cluster.driver import Settings
+
+for _name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of every upload
+
+PACKAGES = ("sim", "train", "probes", "cluster")
+GRACE = 60  # seconds between SIGTERM and SIGKILL of a stopped job; Ray's own 3 are few for the ledger of many members
+ANSWER_WAIT = 5.0  # seconds for a dashboard to answer
+NODE_WAIT = 120.0  # seconds for a node to look at the store; it may have to unpack the job's code first
+LOST_AFTER = 60.0  # seconds without a connection after which a job is followed no longer
+STOPPED = 130  # exit code of a job that was stopped, as of a command that was interrupted
+
+SUBMIT_HELP = """Run `headway sweep` as a job of a Ray cluster and follow its log; the exit code is the job's.
+
+Every flag of `headway sweep RECIPE --help` is allowed beside these, for example
+
+  headway submit quick --seeds 8 --address http://HOST:8265 --tracking-uri http://MLFLOW:5000 --out /shared/headway
+
+Ctrl-C leaves the job running. The same command again goes on where a job was stopped or lost.
+"""
+JOBS_HELP = "List the jobs of a Ray cluster, or follow one: its log from the start; the exit code is the job's."
+STOP_HELP = "Stop a job. Its members at work become KILLED in the ledger; submitting the same sweep again goes on."
+SERVER_HELP = """Serve MLflow from a folder of this machine until Ctrl-C: one SQLite file, artifacts through the server.
+
+It has no password: who can reach the address can read and write. Widen --host only in a network you trust.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterOptions:
+    """Which cluster."""
+
+    address: str | None = None
+    """URL of the cluster's dashboard, http://HOST:8265. Default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmitOptions(ClusterOptions):
+    """Where a sweep runs as a job, what is sent along, and where its output goes."""
+
+    out: str | None = None
+    """Folder for reports and, unless `store` is given, checkpoints: absolute, as the cluster sees it."""
+    store: str | None = None
+    """Absolute folder or object-store URL for checkpoints; several nodes need one that all can reach."""
+    tracking_uri: str | None = None
+    """MLflow server, or sqlite:////ABSOLUTE/PATH on a cluster of one node. Default: MLFLOW_TRACKING_URI."""
+    wait: bool = True
+    """Follow the job until it ends."""
+    installed: bool = False
+    """Run the headway that is installed on the cluster; nothing of this one is sent."""
+    ship: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A file or folder of your own that the job needs beside headway; may be given several times."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    """Where a local MLflow server keeps its data, and where it listens."""
+
+    folder: Path = Path("headway-server")
+    """Folder of the SQLite file and of the artifacts; made if need be."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 5000
+    """Port to listen on."""
+    allowed_hosts: tuple[str, ...] = ()
+    """HOST:PORT by which clients call it where that is neither loopback nor a private address; others are refused."""
+
+
+def submit_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway submit`."""
+    from cluster.cli import parse
+
+    recipe, rest = named("recipe", arguments, "headway submit")
+    prog = f"headway submit {recipe or 'RECIPE'}"
+    if recipe is None or {"-h", "--help"} & set(rest):
+        parse(SubmitOptions, ["--help"], SubmitOptions(), prog, SUBMIT_HELP)
+    options, overrides = split_arguments(rest, prog)
+    require_lasting(options)
+    sweep = read_sweep(recipe, overrides, prog)
+    files = [Path(recipe).expanduser(), *options.ship] if recipe.endswith(".json") else list(options.ship)
+    client = open_jobs(options.address)
+    with staged(files, options.installed) as folder, plain_errors(client.get_address()):
+        job = client.submit_job(
+            entrypoint=entrypoint(recipe, overrides, options),
+            runtime_env=runtime_env(options, folder),
+            metadata={"sweep": sweep.id},
+        )
+    console.print(f"job {job}: sweep {escape(sweep.id)}, {len(sweep.members()):,} members")
+    if options.wait:
+        return follow(client, job, console)
+    tell_more(job, client, console)
+    return 0
+
+
+def named(what: str, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
+    """The name that comes first (None where help is asked for), and the options after it. Or ValueError."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    if not {"-h", "--help"} & set(arguments):
+        raise ValueError(f"{what}: none given; it comes first: {prog} {what.upper()} ...")
+    return None, list(arguments)
+
+
+def split_arguments(arguments: Sequence[str], prog: str) -> tuple[SubmitOptions, list[str]]:
+    """The options of the submission, and, in their order, all others. ValueError in one line."""
+    from cluster.cli import one_line, wide_terminal
+
+    captured = io.StringIO()
+    with contextlib.redirect_stderr(captured), wide_terminal():
+        try:
+            options, others = tyro.cli(SubmitOptions, args=list(arguments), prog=prog, return_unknown_args=True)
+        except SystemExit:
+            raise ValueError(one_line(captured.getvalue())) from None
+    return replace(options, tracking_uri=options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")), others
+
+
+def require_lasting(options: SubmitOptions) -> None:
+    """Raise ValueError where output would go into the folder that the job works in, which Ray deletes."""
+    kept = "as the folder that a job works in is deleted after it"
+    require(is_absolute(options.out), "out", options.out, f"an absolute path, {kept}")
+    lasting = options.store is None or is_absolute(options.store) or "://" in options.store
+    require(lasting, "store", options.store, f"an absolute path or a URL, {kept}")
+    uri = options.tracking_uri or ""
+    lasting = is_absolute(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:") else "://" in uri
+    require(lasting, "tracking_uri", options.tracking_uri, f"http://HOST:PORT or sqlite:////ABSOLUTE/PATH, {kept}")
+
+
+def is_absolute(path: str | None) -> bool:
+    """Whether a path means the same wherever a process stands; the cluster's machines run Linux."""
+    return path is not None and PurePosixPath(path).is_absolute()
+
+
+def read_sweep(recipe: str, overrides: Sequence[str], prog: str) -> Sweep:
+    """The sweep as the job will read it. ValueError for whatever the job would refuse."""
+    from cluster.cli import parse, parse_axes, sweep_form
+    from cluster.recipes import load_sweep
+
+    default = load_sweep(recipe)
+    form, filled = sweep_form(default)
+    options = parse(form, overrides, filled, prog, SUBMIT_HELP)
+    require(not options.dry_run, "dry_run", True, "left out; `headway sweep RECIPE --dry-run` plans without a cluster")
+    require(options.settings.workers is None, "workers", options.settings.workers, "left out for a job")
+    values = {item.name: getattr(options.sweep, item.name) for item in fields(Sweep)}
+    sweep = Sweep(**{**values, "axes": {**default.axes, **parse_axes(options.axis)}})
+    validate(sweep)
+    return sweep
+
+
+def entrypoint(recipe: str, overrides: Sequence[str], options: SubmitOptions) -> str:
+    """The job's command. The tracking URI, which may hold a password, goes by `runtime_env` instead."""
+    recipe = Path(recipe).name if recipe.endswith(".json") else recipe
+    store = ["--store", options.store] if options.store else []
+    return shlex.join(["python", "-m", "cluster.cli", "sweep", recipe, *overrides, "--out", str(options.out), *store])
+
+
+def runtime_env(options: SubmitOptions, folder: Path | None) -> dict[str, Any]:
+    """What Ray sets up for the job. Its variables must differ from those of `dispatch.ray_cluster`."""
+    variables = {"MLFLOW_TRACKING_URI": str(options.tracking_uri), "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE)}
+    return {"env_vars": variables, **({"working_dir": str(folder)} if folder else {})}
+
+
+@contextlib.contextmanager
+def staged(files: Sequence[Path], installed: bool) -> Iterator[Path | None]:
+    """A folder with what the job needs: headway's packages unless installed there, and `files`; or None for nothing.
+
+    A folder of its own, as Ray packs all of it, and here may be site-packages. `.rayignore` goes along: Ray reads it.
+    """
+    root = Path(__file__).resolve().parent.parent
+    with tempfile.TemporaryDirectory(prefix="headway-job-") as name:
+        folder = Path(name)
+        if not installed:
+            for package in PACKAGES:
+                _copy(root / package, folder / package)
+            for file in ("pyproject.toml", ".rayignore"):
+                if (root / file).is_file():
+                    _copy(root / file, folder / file)
+        for path in files:
+            source = path.expanduser().resolve()
+            require(source.exists(), "ship", str(path), "a file or folder that exists")
+            require(not (folder / source.name).exists(), "ship", str(path), "of a name that nothing else sent has")
+            _copy(source, folder / source.name)
+        yield folder if any(folder.iterdir()) else None
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy2(source, target)
+
+
+def open_jobs(address: str | None) -> JobSubmissionClient:
+    """A client of the dashboard that answers at the URL, with a token where the cluster asks for one. Or ValueError."""
+    url = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "").rstrip("/")
+    allowed = "the URL of a cluster's dashboard, such as http://HOST:8265"
+    require(urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname is not None, "address", url, allowed)
+    headers = authorization(url)
+    with plain_errors(url), _named_address(url):
+        return JobSubmissionClient(url, headers=headers)
+
+
+@contextlib.contextmanager
+def _named_address(url: str) -> Iterator[None]:
+    """Ray's client prefers these variables to its own argument."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def authorization(url: str) -> dict[str, str]:
+    """Headers that the dashboard at the URL lets in, whatever RAY_AUTH_MODE says here. ValueError if it lets none in.
+
+    Without that variable Ray's client sends no token, even to a cluster that wants one. The token goes out only to a
+    cluster that asks, or where the variable says so.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    token = find_token() if mode == "token" else None
+    status = _answer(url, _bearer(token))
+    if status == 401 and mode not in ("token", "disabled") and (token := find_token()):
+        status = _answer(url, _bearer(token))
+    if status in (401, 403):
+        raise ValueError(_refused(url, status))
+    require(status == 200, "address", url, f"a Ray dashboard (/api/version answers with status {status})")
+    return _bearer(token)
+
+
+def _bearer(token: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def find_token() -> str | None:
+    """The cluster's token, where Ray looks for it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    try:
+        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").read_text().strip()
+    except OSError:
+        return None
+
+
+def _answer(url: str, headers: Mapping[str, str]) -> int:
+    """The status with which a dashboard tells its version."""
+    try:
+        request = urllib.request.Request(f"{url}/api/version", headers=dict(headers))
+        with urllib.request.urlopen(request, timeout=ANSWER_WAIT) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, ValueError) as error:
+        raise ValueError(f"address: no Ray dashboard answers at {url!r} ({getattr(error, 'reason', error)})") from error
+
+
+def _refused(url: str, status: int) -> str:
+    what = "asks for a token" if status == 401 else "does not take this token"
+    return f"address: the cluster at {url!r} {what}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's own"
+
+
+@contextlib.contextmanager
+def plain_errors(url: str) -> Iterator[None]:
+    """What Ray's client raises, as ValueError in one line."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise ValueError(_refused(url, 403 if "failed" in error.message else 401)) from error
+    except (RuntimeError, OSError) as error:
+        if "status code 404" in str(error):
+            raise ValueError(f"job: it is unknown at {url!r}; `headway jobs --address {url}` lists all") from error
+        text = [line for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"address: the cluster at {url!r} refused ({text[-1] if text else error!r})") from error
+
+
+def jobs_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway jobs`."""
+    from cluster.cli import parse
+
+    job = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    rest = arguments[1:] if job else arguments
+    options = parse(ClusterOptions, rest, ClusterOptions(), "headway jobs", JOBS_HELP)
+    client = open_jobs(options.address)
+    if job is not None:
+        with plain_errors(client.get_address()):
+            submitted = client.get_job_info(job).type == JobType.SUBMISSION
+        require(submitted, "job", job, "one that was submitted")
+        return follow(client, job, console)
+    table = Table("job", "sweep", "status", "begun", "took", "exit code")
+    with plain_errors(client.get_address()):
+        found = [info for info in client.list_jobs() if info.type == JobType.SUBMISSION]
+    for info in sorted(found, key=lambda info: info.start_time or 0):
+        begun = (info.start_time or 0) / 1000
+        took = (info.end_time or 1000 * time.time()) / 1000 - begun
+        code = str(exit_code(info)) if info.status.is_terminal() else "-"
+        sweep = (info.metadata or {}).get("sweep", "-")
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun))
+        table.add_row(info.submission_id, escape(sweep), str(info.status).lower(), when, duration(took), code)
+    console.print(table)
+    return 0
+
+
+def stop_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway stop`: 0 once the job has ended, 1 if it has not within the grace period."""
+    from cluster.cli import parse
+
+    job, rest = named("job", arguments, "headway stop")
+    options = parse(ClusterOptions, rest, ClusterOptions(), f"headway stop {job or 'JOB'}", STOP_HELP)
+    client, begun = open_jobs(options.address), time.monotonic()
+    with plain_errors(client.get_address()):
+        if not client.stop_job(job):
+            console.print(f"job {job} had ended already: {str(client.get_job_info(job).status).lower()}")
+            return 0
+        while not client.get_job_info(job).status.is_terminal():
+            if time.monotonic() - begun > GRACE + LOST_AFTER:
+                console.print(f"[red]job {job} has not ended[/red] after {duration(time.monotonic() - begun)}")
+                return 1
+            time.sleep(0.2)
+        told = "headway: stopped" in client.get_job_logs(job)
+    console.print(f"job {job}: {str(client.get_job_info(job).status).lower()} in {time.monotonic() - begun:.1f} s")
+    if told:
+        console.print("members at work are KILLED in the ledger; the same sweep again goes on from their checkpoints")
+    else:
+        console.print("it had not opened the ledger, or could not tell it; the same sweep again puts that right")
+    return 0
+
+
+def follow(client: JobSubmissionClient, job: str, console: Console) -> int:
+    """Print a job's log until it ends; its exit code. Ctrl-C, or a connection lost for long, leaves the job alone."""
+    log = _Log(client, job)
+    try:
+        while True:
+            try:
+                asyncio.run(log.tail())
+                info = client.get_job_info(job)
+                log.seen_at = time.monotonic()
+                if info.status.is_terminal():
+                    break
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+                if time.monotonic() - log.seen_at > LOST_AFTER:
+                    console.print(f"[red]lost sight of job {job}[/red] ({escape(str(error))}); it may go on")
+                    tell_more(job, client, console)
+                    return 1
+            time.sleep(1.0)
+    except KeyboardInterrupt:
+        console.print(f"\njob {job} goes on")
+        tell_more(job, client, console)
+        return STOPPED
+    code = exit_code(info)
+    console.print(f"job {job}: {str(info.status).lower()}, exit code {code}")
+    if info.status == JobStatus.FAILED and info.driver_exit_code is None:
+        console.print(f"[red]it never ran[/red]: {escape((info.message or 'no reason given').strip())}")
+    return code
+
+
+class _Log:
+    """A job's log as far as it was printed; every new connection sends it again from the start."""
+
+    def __init__(self, client: JobSubmissionClient, job: str) -> None:
+        self.client, self.job, self.printed, self.seen_at = client, job, 0, time.monotonic()
+
+    async def tail(self) -> None:
+        sent = 0
+        async for text in self.client.tail_job_logs(self.job):
+            print(text[max(0, self.printed - sent) :], end="", flush=True)
+            sent += len(text)
+            self.printed, self.seen_at = max(self.printed, sent), time.monotonic()
+
+
+def exit_code(info: JobDetails) -> int:
+    """Of a job that has ended: its driver's own, 128 + the number of the signal that killed it, 130 if it was stopped,
+    1 if it never ran."""
+    if info.status == JobStatus.STOPPED:
+        return STOPPED
+    code = info.driver_exit_code
+    if code is None:
+        return 0 if info.status == JobStatus.SUCCEEDED else 1
+    return int(code) if code >= 0 else 128 - int(code)
+
+
+def tell_more(job: str, client: JobSubmissionClient, console: Console) -> None:
+    """How to follow and how to stop a job."""
+    console.print(f"follow:  headway jobs {job} --address {client.get_address()}", soft_wrap=True)
+    console.print(f"stop:    headway stop {job} --address {client.get_address()}", soft_wrap=True)
+
+
+def require_shared(nodes: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+    """Raise ValueError unless all nodes, where there are several, share one MLflow server and one store.
+
+    nodes: those of `ray.nodes()` that are alive. What this process writes to the store every node must read, and what a
+    node writes this process; and every node must reach the server.
+    """
+    if len(nodes) < 2:
+        return
+    many, uri = f"where the cluster has {len(nodes)} nodes", tracking.resolve_uri(settings.tracking_uri)
+    server = urlsplit(uri).scheme in ("http", "https")
+    shown = uri if uri.startswith("sqlite:") else f"{urlsplit(uri).scheme}://..."
+    require(server, "tracking_uri", shown, f"an MLflow server (http://...; `headway server` starts one) {many}")
+    name = "out" if settings.store is None else "store"
+    root = settings.store or str(settings.out.expanduser().absolute())
+    shared = f"{name}: {root!r} is not allowed; it must be a folder or object store that all nodes reach {many}"
+    if settings.store is None:
+        shared += " (or give --store)"
+    files, mark = open_store(root), f".shared-{uuid.uuid4().hex}"
+    by_id = {str(node["NodeID"]): str(node.get("NodeManagerAddress", "")) for node in nodes}
+    try:
+        files.put(mark, mark.encode())
+        for node, (cause, reached) in _ask_nodes(list(by_id), root, mark, uri).items():
+            if not reached:
+                raise ValueError(f"{shared}: node {by_id[node]} cannot read what this one writes ({cause})")
+            if cause:
+                raise ValueError(f"{cause}, seen from node {by_id[node]}")
+            try:
+                files.get(f"{mark}-{node}")
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{shared}: this node cannot read what {by_id[node]} writes") from error
+    finally:
+        for written in (mark, *(f"{mark}-{node}" for node in by_id)):
+            files.delete(written)
+
+
+def _ask_nodes(nodes: Sequence[str], root: str, mark: str, uri: str) -> dict[str, tuple[str, bool]]:
+    """`look_around` on every node, by node. ValueError for one that does not answer."""
+    task: Any = ray.remote(num_cpus=0)(look_around)
+    refs: dict[str, Any] = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        refs[node] = task.options(scheduling_strategy=there).remote(root, mark, f"{mark}-{node}", uri)
+    ray.wait(list(refs.values()), num_returns=len(refs), timeout=NODE_WAIT)
+    try:
+        return {node: ray.get(ref, timeout=ANSWER_WAIT) for node, ref in refs.items()}
+    except RayError as error:
+        cause = str(error).strip().splitlines()[-1]
+        raise ValueError(f"address: a node does not answer within {NODE_WAIT:.0f} s ({cause})") from error
+
+
+def look_around(root: str, mark: str, own: str, uri: str) -> tuple[str, bool]:
+    """On a node: why it cannot take part (empty if it can), and whether it found the mark, and left its own, there."""
+    try:
+        files = open_store(root)
+        files.get(mark)
+        files.put(own, b"")
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error).splitlines()[0], False
+    try:
+        tracking.connect(uri)
+    except tracking.TrackingError as error:
+        return str(error), True
+    return "", True
+
+
+def server_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway server`: serves until Ctrl-C."""
+    from cluster.cli import parse
+
+    options = parse(ServerOptions, arguments, ServerOptions(), "headway server", SERVER_HELP)
+    folder = options.folder.expanduser().absolute()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ValueError(f"port: {options.port} on {options.host!r} cannot be listened on ({reason})") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"folder: {str(folder)!r} cannot be made ({error.strerror})") from error
+    uri = f"sqlite:///{folder}/mlflow.db"
+    require_proxied(uri, folder)
+    console.print(f"MLflow from {folder}; give sweeps", soft_wrap=True)
+    console.print(f"  --tracking-uri http://{options.host}:{options.port}", soft_wrap=True)
+    hosts = ["--allowed-hosts", ",".join(options.allowed_hosts)] if options.allowed_hosts else []
+    artifacts = ["--artifacts-destination", (folder / "artifacts").as_uri()]
+    serve_mlflow(uri, options.host, options.port, *artifacts, *hosts)
+
+
+def require_proxied(uri: str, folder: Path) -> None:
+    """Make the store, or require that its runs keep artifacts with the server: other nodes could not reach files."""
+    client = tracking.connect(uri)
+    found = client.get_experiment_by_name(tracking.EXPERIMENT)
+    proxied = found is None or found.artifact_location.startswith("mlflow-artifacts:")
+    require(proxied, "folder", str(folder), "one of the server's own: the ledger here keeps artifacts as local files")
+
+
+def serve_mlflow(uri: str, host: str, port: int, *more: str) -> NoReturn:
+    """Become MLflow's server on a database, so that whatever ends this process ends it too.
+
+    One worker, as several would compete for a SQLite file.
+    """
+    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]
+    server += ["--port", str(port), "--workers", "1", *more]
+    sys.stdout.flush()
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    os.execve(sys.executable, server, {**os.environ, **quiet})
