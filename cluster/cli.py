@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,14 +19,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster import tracking
-from cluster.analysis import load_analysis, load_sweep_config, number
+from cluster.analysis import load_analysis, load_sweep_config
+from cluster.arguments import make_sweep, parse, sweep_form
 from cluster.display import Terminal, count, duration, show_plan, width_summary
 from cluster.driver import Desk, Outcome, Settings, analyze_again, make_report, run_sweep
 from cluster.encoding import require_known
 from cluster.geometry import Request, Tokens
+from cluster.jobs import jobs_command, stop_command, submit_command
 from cluster.measuring import measure_geometry
 from cluster.plan import make_plan
 from cluster.recipes import RECIPES, load_sweep
+from cluster.search import search_command
+from cluster.server import serve_mlflow, server_command
 from cluster.sizing import Room, require_computable
 from cluster.sweep import Sweep, packs, validate
 from probes.llc import LLCSettings
@@ -45,12 +46,15 @@ headway COMMAND ...
   analyze SWEEP         work out timescales again from the tables of the members that are done
   report SWEEP          write the report again from the last analysis
   ui                    MLflow's pages on this machine, with a link to the comparison
+  server                an MLflow server on this machine, for a cluster's workers
+  search RECIPE ...     let Optuna look for the best values of any fields
+  submit RECIPE ...     `sweep` as a job of a Ray cluster
+  jobs [JOB]            a cluster's jobs, or one followed
+  stop JOB              stop a job; the ledger is told, the same sweep goes on later
 
 `headway COMMAND --help` tells more. RECIPE is a name, or the .json of a stored sweep; SWEEP is a name or an id."""
 
 ON_CLUSTER = ("workers", "gpus", "redo")
-WORDS: dict[str, bool | None] = {"None": None, "True": True, "False": False}
-AXIS_HELP = "A further axis, NAME=VALUE,VALUE,...; may be given several times."
 SWEEP_HELP = """Train a sweep, measure every head as it learns, and write a report.
 
 Every member (width x seed) is a run in MLflow under one parent. Running the same sweep again trains only what is
@@ -59,39 +63,6 @@ missing; more seeds or widths extend it. Any field of the recipe can be overridd
   headway sweep quick --widths 16 32 64 --seeds 8 --train.steps 4000
   headway sweep quick --axis train.learning_rate=0.0005,0.001,0.002 --dry-run
 """
-
-
-def parse(kind: Any, arguments: Sequence[str], default: Any, prog: str, description: str) -> Any:
-    """A dataclass from command-line arguments, or ValueError in one line. `--help` prints and ends the process."""
-    options = {"default": default, "prog": prog, "description": description}
-    if {"-h", "--help"} & set(arguments):
-        return tyro.cli(kind, args=["--help"], **options)
-    captured = io.StringIO()
-    with contextlib.redirect_stderr(captured), wide_terminal():
-        try:
-            return tyro.cli(kind, args=list(arguments), **options)
-        except SystemExit:
-            raise ValueError(one_line(captured.getvalue())) from None
-
-
-@contextlib.contextmanager
-def wide_terminal() -> Iterator[None]:
-    """tyro wraps its messages to the terminal; here they become one line."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "2000"
-    try:
-        yield
-    finally:
-        os.environ.pop("COLUMNS")
-        if before is not None:
-            os.environ["COLUMNS"] = before
-
-
-def one_line(message: str) -> str:
-    """The text of tyro's box of an error, without the box and without what `--help` says anyway."""
-    text = [line.strip("│| \t") for line in message.splitlines()]
-    kept = [line for line in text[1:] if line.strip("╰╯─+-") and "full helptext" not in line]
-    return "; ".join(kept).replace(":; ", ": ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,44 +137,6 @@ def parse_step(text: str) -> int:
     return int(text)
 
 
-def sweep_form(default: Sweep) -> tuple[Any, Any]:
-    """A dataclass with a flag for every field of the sweep, those of its own system included, and the default."""
-    hidden = tyro.conf.Suppress[Mapping[str, Any]]
-    annotations = {"system": type(default.system), "axes": hidden}
-    body = {"__annotations__": annotations, "__module__": Sweep.__module__, "__doc__": "The sweep."}
-    kind: Any = dataclass(frozen=True, kw_only=True)(
-        type("SweepForm", (Sweep,), {**body, "system": default.system, "axes": field(default_factory=dict)})
-    )
-    options = tyro.conf.arg(name="")
-    form = make_dataclass(
-        "Options",
-        [
-            ("sweep", Annotated[kind, options]),
-            ("settings", Annotated[Settings, options]),
-            ("axis", Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=AXIS_HELP)], ()),
-            (
-                "dry_run",
-                Annotated[bool, tyro.conf.arg(help="Print the plan, measured here, and start nothing.")],
-                False,
-            ),
-        ],
-        kw_only=True,
-    )
-    values = {item.name: getattr(default, item.name) for item in fields(default)}
-    return form, form(sweep=kind(**values), settings=Settings())
-
-
-def parse_axes(items: Sequence[str]) -> dict[str, tuple[float | int | str | bool | None, ...]]:
-    """`train.learning_rate=0.001,0.002` as a name and its values. ValueError for another form, or a repeated name."""
-    axes: dict[str, tuple[float | int | str | bool | None, ...]] = {}
-    for item in items:
-        name, equals, values = item.partition("=")
-        if not (name and equals and values) or name in axes:
-            raise ValueError(f"axis: {item!r} is not allowed; it must be NAME=VALUE,VALUE,..., each name once")
-        axes[name] = tuple(WORDS.get(value, number(value)) for value in values.split(","))
-    return axes
-
-
 def sweep_command(arguments: Sequence[str], console: Console) -> int:
     """`headway sweep`."""
     if not arguments or arguments[0].startswith("-"):
@@ -213,8 +146,7 @@ def sweep_command(arguments: Sequence[str], console: Console) -> int:
     default = load_sweep(arguments[0])
     form, filled = sweep_form(default)
     options = parse(form, arguments[1:], filled, f"headway sweep {arguments[0]}", SWEEP_HELP)
-    values = {item.name: getattr(options.sweep, item.name) for item in fields(Sweep)}
-    sweep = Sweep(**{**values, "axes": {**default.axes, **parse_axes(options.axis)}})
+    sweep = make_sweep(options, default)
     if options.dry_run:
         return dry_run(sweep, options.settings, console)
     with Terminal(console) as display:
@@ -398,12 +330,9 @@ def ui_command(arguments: Sequence[str], console: Console) -> int:
     for run in tracking.find_sweeps(client, experiment)[:10]:
         place = tracking.Place(uri=uri, experiment=experiment, parent=run.info.run_id)
         console.print(f"{run.data.tags['sweep_id']}: {base}{tracking.comparison_path(place)}", soft_wrap=True)
-    if uri.startswith("http"):
-        return 0
-    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", options.host]
-    server += ["--port", str(options.port), "--workers", "1"]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    return subprocess.run(server, env=environment, check=False).returncode
+    if not uri.startswith("http"):
+        serve_mlflow(uri, options.host, options.port)
+    return 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], Console], int]] = {
@@ -414,6 +343,11 @@ COMMANDS: dict[str, Callable[[Sequence[str], Console], int]] = {
     "status": status_command,
     "recipes": recipes_command,
     "ui": ui_command,
+    "server": server_command,
+    "search": search_command,
+    "submit": submit_command,
+    "jobs": jobs_command,
+    "stop": stop_command,
 }
 
 
@@ -446,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = (
             "; the ledger says what is done, the same command goes on from there"
-            if command in ("sweep", "probe")
+            if command in ("sweep", "probe", "search")
             else ""
         )
         print(f"headway: stopped{goes_on}", file=sys.stderr)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -21,14 +22,16 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 
 import ray
 from ray import tune
-from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
+from ray.tune.search import Searcher
 
 from cluster.sizing import Room
-from cluster.sweep import MemberConfig, Pack, part_sizes
-from cluster.trial import Report, TrialContext, pool_name, train_pack
+from cluster.sweep import MemberConfig, digest, part_sizes
+from cluster.trial import Report, SearchContext, TrialContext, pool_name, train_pack, train_point
 from sim.checks import require
 from sim.pool import Pool
 
+LOST = "the worker kept failing"
 RETRIES = 12  # of one trial; a pack gives up by itself sooner, after three failures at one step
 
 OnReport = Callable[[Report], None]
@@ -101,11 +104,11 @@ def _gpu_room(gpus: float) -> Room:
     return Room.here(gpus=gpus)
 
 
-def make_pools(packs: Sequence[Pack]) -> dict[str, Any]:
-    """The pools of all packs, each made once by a Ray task and left in the object store: references by `pool_name`."""
-    configs = {pool_name(pack.config): pack.config for pack in packs}
+def make_pools(configs: Iterable[MemberConfig]) -> dict[str, Any]:
+    """The pools of members, each made once by a Ray task and left in the object store: references by `pool_name`."""
+    wanted = {pool_name(config): config for config in configs}
     task = ray.remote(num_cpus=1, max_retries=2, num_returns=2)(_pool_arrays)
-    made: dict[str, Any] = {name: task.remote(config) for name, config in configs.items()}
+    made: dict[str, Any] = {name: task.remote(config) for name, config in wanted.items()}
     ray.get(
         [done for _, done in made.values()]
     )  # the small half: it brings errors, and leaves the arrays where they are
@@ -119,11 +122,34 @@ def _pool_arrays(config: MemberConfig) -> tuple[dict[str, Any], None]:
     return Pool.make(config.system, config.data.seed, part_sizes(config)).to_arrays(), None
 
 
-class _Progress(Callback):
-    """Hands trial reports to the driver's own function, which holds the terminal and stays behind when Tune pickles."""
+class PoolShelf:
+    """Pools made when they are first asked for, kept in the object store; the body of a Ray actor that takes no CPU,
+    as all of these may be held by the trials that wait for it."""
 
-    def __init__(self, packs: Sequence[Pack], on_report: OnReport) -> None:
-        self.packs, self.on_report = packs, on_report
+    def __init__(self) -> None:
+        self.made: dict[str, Any] = {}
+
+    def find(self, config: MemberConfig) -> list[Any]:
+        """The object reference of the pool's arrays, in a list, so that it arrives as a reference."""
+        name = pool_name(config)
+        if name not in self.made:
+            self.made[name] = ray.put(_pool_arrays(config)[0])
+        return [self.made[name]]
+
+
+def open_shelf() -> Any:
+    """A `PoolShelf` on the cluster; a lost one begins anew."""
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(PoolShelf).remote()
+
+
+class _Progress(Callback):
+    """Hands trial reports to the driver's own function, which holds the terminal and stays behind when Tune pickles.
+
+    lost: what is reported of a trial, by its config, that has used up its retries.
+    """
+
+    def __init__(self, on_report: OnReport, lost: Callable[[Mapping[str, Any]], Report]) -> None:
+        self.on_report, self.lost = on_report, lost
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
         return Callback, ()
@@ -136,26 +162,69 @@ class _Progress(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune's hook: the trial has used up its retries."""
-        pack = self.packs[trial.config["pack"]]
-        self.on_report(Report(pack=pack.id, step=pack.start, failed="the worker kept failing"))
+        self.on_report(self.lost(trial.config))
 
 
 def run_packs(context: TrialContext, resources: Mapping[str, float], on_report: OnReport) -> None:
     """Run one trial per pack and wait for all. Failures are told through `on_report`; the ledger has their causes."""
-    trainable = tune.with_resources(
-        tune.with_parameters(train_pack, context=context), {name.lower(): amount for name, amount in resources.items()}
+
+    def lost(config: Mapping[str, Any]) -> Report:
+        pack = context.packs[config["pack"]]
+        return Report(pack=pack.id, step=pack.start, failed=LOST)
+
+    run_trials(
+        tune.with_parameters(train_pack, context=context),
+        resources,
+        _Progress(on_report, lost),
+        TuneConfig(reuse_actors=True),
+        param_space={"pack": tune.grid_search(list(range(len(context.packs))))},
     )
+
+
+def run_points(
+    context: SearchContext,
+    resources: Mapping[str, float],
+    on_report: OnReport,
+    searcher: Searcher,
+    stopper: Stopper | None = None,
+) -> None:
+    """Run one trial for each point that the searcher suggests, until it has none left."""
+
+    def lost(config: Mapping[str, Any]) -> Report:
+        first = json.loads(config["point"])["packs"][0]
+        return Report(pack=digest([first["members"], first["start"]]), step=first["start"], failed=LOST)
+
+    run_trials(
+        tune.with_parameters(train_point, context=context),
+        resources,
+        _Progress(on_report, lost),
+        TuneConfig(reuse_actors=True, search_alg=searcher, num_samples=-1),
+        stop=stopper,
+    )
+
+
+def run_trials(
+    trainable: Any,
+    resources: Mapping[str, float],
+    progress: _Progress,
+    how: TuneConfig,
+    param_space: Mapping[str, Any] | None = None,
+    stop: Stopper | None = None,
+) -> None:
+    """Run trials until there are none left; Tune keeps nothing but a temporary folder, and says nothing."""
+    trainable = tune.with_resources(trainable, {name.lower(): amount for name, amount in resources.items()})
     with tempfile.TemporaryDirectory(prefix="headway-tune-") as folder:
         tuner = Tuner(
             trainable,
-            param_space={"pack": tune.grid_search(list(range(len(context.packs))))},
-            tune_config=TuneConfig(reuse_actors=True),
+            param_space=dict(param_space or {}),
+            tune_config=how,
             run_config=RunConfig(
                 name="packs",
                 storage_path=folder,
                 verbose=0,
                 failure_config=FailureConfig(max_failures=RETRIES),
-                callbacks=[_Progress(context.packs, on_report)],
+                callbacks=[progress],
+                stop=stop,
             ),
         )
         tuner.fit()

@@ -1,4 +1,4 @@
-"""Sweeps as jobs of a Ray cluster: submit, follow, list, stop; what several nodes need; a local MLflow server."""
+"""Sweeps as jobs of a Ray cluster: submit, follow, list, stop."""
 
 from __future__ import annotations
 
@@ -9,37 +9,32 @@ import logging
 import os
 import shlex
 import shutil
-import socket
-import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
-import ray
 import tyro
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster import tracking
+from cluster.arguments import make_sweep, one_line, parse, sweep_form, wide_terminal
 from cluster.display import duration
-from cluster.store import open_store
+from cluster.recipes import load_sweep
 from cluster.sweep import Sweep, validate
 from sim.checks import require
 
 if TYPE_CHECKING:
-    from cluster.driver import Settings
+    pass
 
 for _name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of every upload
@@ -47,7 +42,6 @@ for _name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.p
 PACKAGES = ("sim", "train", "probes", "cluster")
 GRACE = 60  # seconds between SIGTERM and SIGKILL of a stopped job; Ray's own 3 are few for the ledger of many members
 ANSWER_WAIT = 5.0  # seconds for a dashboard to answer
-NODE_WAIT = 120.0  # seconds for a node to look at the store; it may have to unpack the job's code first
 LOST_AFTER = 60.0  # seconds without a connection after which a job is followed no longer
 STOPPED = 130  # exit code of a job that was stopped, as of a command that was interrupted
 
@@ -61,10 +55,6 @@ Ctrl-C leaves the job running. The same command again goes on where a job was st
 """
 JOBS_HELP = "List the jobs of a Ray cluster, or follow one: its log from the start; the exit code is the job's."
 STOP_HELP = "Stop a job. Its members at work become KILLED in the ledger; submitting the same sweep again goes on."
-SERVER_HELP = """Serve MLflow from a folder of this machine until Ctrl-C: one SQLite file, artifacts through the server.
-
-It has no password: who can reach the address can read and write. Widen --host only in a network you trust.
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,24 +83,8 @@ class SubmitOptions(ClusterOptions):
     """A file or folder of your own that the job needs beside headway; may be given several times."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerOptions:
-    """Where a local MLflow server keeps its data, and where it listens."""
-
-    folder: Path = Path("headway-server")
-    """Folder of the SQLite file and of the artifacts; made if need be."""
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: int = 5000
-    """Port to listen on."""
-    allowed_hosts: tuple[str, ...] = ()
-    """HOST:PORT by which clients call it where that is neither loopback nor a private address; others are refused."""
-
-
 def submit_command(arguments: Sequence[str], console: Console) -> int:
     """`headway submit`."""
-    from cluster.cli import parse
-
     recipe, rest = named("recipe", arguments, "headway submit")
     prog = f"headway submit {recipe or 'RECIPE'}"
     if recipe is None or {"-h", "--help"} & set(rest):
@@ -144,8 +118,6 @@ def named(what: str, arguments: Sequence[str], prog: str) -> tuple[Any, list[str
 
 def split_arguments(arguments: Sequence[str], prog: str) -> tuple[SubmitOptions, list[str]]:
     """The options of the submission, and, in their order, all others. ValueError in one line."""
-    from cluster.cli import one_line, wide_terminal
-
     captured = io.StringIO()
     with contextlib.redirect_stderr(captured), wide_terminal():
         try:
@@ -173,16 +145,12 @@ def is_absolute(path: str | None) -> bool:
 
 def read_sweep(recipe: str, overrides: Sequence[str], prog: str) -> Sweep:
     """The sweep as the job will read it. ValueError for whatever the job would refuse."""
-    from cluster.cli import parse, parse_axes, sweep_form
-    from cluster.recipes import load_sweep
-
     default = load_sweep(recipe)
     form, filled = sweep_form(default)
     options = parse(form, overrides, filled, prog, SUBMIT_HELP)
     require(not options.dry_run, "dry_run", True, "left out; `headway sweep RECIPE --dry-run` plans without a cluster")
     require(options.settings.workers is None, "workers", options.settings.workers, "left out for a job")
-    values = {item.name: getattr(options.sweep, item.name) for item in fields(Sweep)}
-    sweep = Sweep(**{**values, "axes": {**default.axes, **parse_axes(options.axis)}})
+    sweep = make_sweep(options, default)
     validate(sweep)
     return sweep
 
@@ -315,8 +283,6 @@ def plain_errors(url: str) -> Iterator[None]:
 
 def jobs_command(arguments: Sequence[str], console: Console) -> int:
     """`headway jobs`."""
-    from cluster.cli import parse
-
     job = arguments[0] if arguments and not arguments[0].startswith("-") else None
     rest = arguments[1:] if job else arguments
     options = parse(ClusterOptions, rest, ClusterOptions(), "headway jobs", JOBS_HELP)
@@ -342,8 +308,6 @@ def jobs_command(arguments: Sequence[str], console: Console) -> int:
 
 def stop_command(arguments: Sequence[str], console: Console) -> int:
     """`headway stop`: 0 once the job has ended, 1 if it has not within the grace period."""
-    from cluster.cli import parse
-
     job, rest = named("job", arguments, "headway stop")
     options = parse(ClusterOptions, rest, ClusterOptions(), f"headway stop {job or 'JOB'}", STOP_HELP)
     client, begun = open_jobs(options.address), time.monotonic()
@@ -422,114 +386,3 @@ def tell_more(job: str, client: JobSubmissionClient, console: Console) -> None:
     """How to follow and how to stop a job."""
     console.print(f"follow:  headway jobs {job} --address {client.get_address()}", soft_wrap=True)
     console.print(f"stop:    headway stop {job} --address {client.get_address()}", soft_wrap=True)
-
-
-def require_shared(nodes: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-    """Raise ValueError unless all nodes, where there are several, share one MLflow server and one store.
-
-    nodes: those of `ray.nodes()` that are alive. What this process writes to the store every node must read, and what a
-    node writes this process; and every node must reach the server.
-    """
-    if len(nodes) < 2:
-        return
-    many, uri = f"where the cluster has {len(nodes)} nodes", tracking.resolve_uri(settings.tracking_uri)
-    server = urlsplit(uri).scheme in ("http", "https")
-    shown = uri if uri.startswith("sqlite:") else f"{urlsplit(uri).scheme}://..."
-    require(server, "tracking_uri", shown, f"an MLflow server (http://...; `headway server` starts one) {many}")
-    name = "out" if settings.store is None else "store"
-    root = settings.store or str(settings.out.expanduser().absolute())
-    shared = f"{name}: {root!r} is not allowed; it must be a folder or object store that all nodes reach {many}"
-    if settings.store is None:
-        shared += " (or give --store)"
-    files, mark = open_store(root), f".shared-{uuid.uuid4().hex}"
-    by_id = {str(node["NodeID"]): str(node.get("NodeManagerAddress", "")) for node in nodes}
-    try:
-        files.put(mark, mark.encode())
-        for node, (cause, reached) in _ask_nodes(list(by_id), root, mark, uri).items():
-            if not reached:
-                raise ValueError(f"{shared}: node {by_id[node]} cannot read what this one writes ({cause})")
-            if cause:
-                raise ValueError(f"{cause}, seen from node {by_id[node]}")
-            try:
-                files.get(f"{mark}-{node}")
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{shared}: this node cannot read what {by_id[node]} writes") from error
-    finally:
-        for written in (mark, *(f"{mark}-{node}" for node in by_id)):
-            files.delete(written)
-
-
-def _ask_nodes(nodes: Sequence[str], root: str, mark: str, uri: str) -> dict[str, tuple[str, bool]]:
-    """`look_around` on every node, by node. ValueError for one that does not answer."""
-    task: Any = ray.remote(num_cpus=0)(look_around)
-    refs: dict[str, Any] = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        refs[node] = task.options(scheduling_strategy=there).remote(root, mark, f"{mark}-{node}", uri)
-    ray.wait(list(refs.values()), num_returns=len(refs), timeout=NODE_WAIT)
-    try:
-        return {node: ray.get(ref, timeout=ANSWER_WAIT) for node, ref in refs.items()}
-    except RayError as error:
-        cause = str(error).strip().splitlines()[-1]
-        raise ValueError(f"address: a node does not answer within {NODE_WAIT:.0f} s ({cause})") from error
-
-
-def look_around(root: str, mark: str, own: str, uri: str) -> tuple[str, bool]:
-    """On a node: why it cannot take part (empty if it can), and whether it found the mark, and left its own, there."""
-    try:
-        files = open_store(root)
-        files.get(mark)
-        files.put(own, b"")
-    except (OSError, ValueError) as error:
-        return getattr(error, "strerror", None) or str(error).splitlines()[0], False
-    try:
-        tracking.connect(uri)
-    except tracking.TrackingError as error:
-        return str(error), True
-    return "", True
-
-
-def server_command(arguments: Sequence[str], console: Console) -> int:
-    """`headway server`: serves until Ctrl-C."""
-    from cluster.cli import parse
-
-    options = parse(ServerOptions, arguments, ServerOptions(), "headway server", SERVER_HELP)
-    folder = options.folder.expanduser().absolute()
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((options.host, options.port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ValueError(f"port: {options.port} on {options.host!r} cannot be listened on ({reason})") from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"folder: {str(folder)!r} cannot be made ({error.strerror})") from error
-    uri = f"sqlite:///{folder}/mlflow.db"
-    require_proxied(uri, folder)
-    console.print(f"MLflow from {folder}; give sweeps", soft_wrap=True)
-    console.print(f"  --tracking-uri http://{options.host}:{options.port}", soft_wrap=True)
-    hosts = ["--allowed-hosts", ",".join(options.allowed_hosts)] if options.allowed_hosts else []
-    artifacts = ["--artifacts-destination", (folder / "artifacts").as_uri()]
-    serve_mlflow(uri, options.host, options.port, *artifacts, *hosts)
-
-
-def require_proxied(uri: str, folder: Path) -> None:
-    """Make the store, or require that its runs keep artifacts with the server: other nodes could not reach files."""
-    client = tracking.connect(uri)
-    found = client.get_experiment_by_name(tracking.EXPERIMENT)
-    proxied = found is None or found.artifact_location.startswith("mlflow-artifacts:")
-    require(proxied, "folder", str(folder), "one of the server's own: the ledger here keeps artifacts as local files")
-
-
-def serve_mlflow(uri: str, host: str, port: int, *more: str) -> NoReturn:
-    """Become MLflow's server on a database, so that whatever ends this process ends it too.
-
-    One worker, as several would compete for a SQLite file.
-    """
-    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]
-    server += ["--port", str(port), "--workers", "1", *more]
-    sys.stdout.flush()
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    os.execve(sys.executable, server, {**os.environ, **quiet})

@@ -71,8 +71,8 @@ class LawSections:
             title="Laws of width",
             text="Whether heads emerge and when they do are fitted together, as redundant heads that never emerge, "
             "taken as merely late, would fake a law. The level of each member's best detector is the endpoint; heads' "
-            "own levels come second. A law is claimed only if it holds in every series: at every learning rate, at each "
-            "width's best one, and under every parametrization that was swept.",
+            "own levels come second. A law is claimed only if it holds in every series: at every learning rate, at "
+            "each width's best one, and under every parametrization that was swept.",
             lines=first,
         )
         shown = claims.ordered(self.laws, len(COLOURS))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import statistics
 import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +20,7 @@ import torch
 from ray import tune
 
 from cluster.curves import Columns, Curves
+from cluster.encoding import decode, encode
 from cluster.member_runs import MemberRuns
 from cluster.pack import (
     Clock,
@@ -32,10 +35,11 @@ from cluster.pack import (
     warn,
 )
 from cluster.store import open_store
-from cluster.sweep import MemberConfig, Pack, part_sizes, versions
+from cluster.sweep import MemberConfig, Pack, Sweep, part_sizes, versions
 from cluster.tracking import Place
 from probes.probe import Probe
 from sim.pool import Pool, digest_of
+from sim.system import System
 from train import checkpoint
 from train.checkpoint import Files
 from train.state import State
@@ -47,7 +51,8 @@ FLUSH_EVERY = 10.0  # seconds between metric batches to MLflow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialContext:
-    """What all trials of a sweep share. `pools`: object references of pool arrays by `pool_name`; `gpus`: a pack's."""
+    """What all trials of a sweep share. `pools`: object references of pool arrays by `pool_name`; `gpus`: a pack's;
+    `watched`: the driver is told the validation loss of every probe step."""
 
     packs: tuple[Pack, ...]
     pools: Mapping[str, Any]
@@ -55,6 +60,17 @@ class TrialContext:
     store: str
     pace: Pace
     gpus: float = 0.0
+    watched: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchContext:
+    """What all trials of a search share. `shelf`: the actor that has the pools; the rest as in `TrialContext`."""
+
+    shelf: Any
+    pace: Pace
+    gpus: float = 0.0
+    watched: bool = False
 
 
 def pool_name(config: MemberConfig) -> str:
@@ -65,13 +81,15 @@ def pool_name(config: MemberConfig) -> str:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """What a trial tells the driver: its pack's id, the mean step and training loss of its members; why it has failed
-    for good, and what does not go as planned, both empty where all is well."""
+    for good, and what does not go as planned, both empty where all is well. `validation`: where it is watched, the
+    median validation loss of a probe step, which `step` then is; NaN between them."""
 
     pack: str
     step: int
     loss: float = float("nan")
     failed: str = ""
     note: str = ""
+    validation: float = float("nan")
 
     def send(self) -> None:
         """To the driver, through Tune."""
@@ -79,9 +97,39 @@ class Report:
 
 
 def train_pack(config: Mapping[str, Any], context: TrialContext) -> None:
-    """The Tune trainable: trains pack number `config["pack"]`."""
+    """The Tune trainable of a sweep: trains pack number `config["pack"]`."""
+    train_here(context.packs[config["pack"]], context)
+
+
+def train_point(config: Mapping[str, Any], context: SearchContext) -> None:
+    """The Tune trainable of a search: trains the packs of the point that `point_config` has told."""
+    body = json.loads(config["point"])
+    sweep: Sweep = decode(Sweep, body["sweep"], "sweep")
+    members = {member.id: member for member in sweep.members()}
+    for each in body["packs"]:
+        pack = Pack(members=tuple(members[name] for name in each["members"]), start=each["start"])
+        own = TrialContext(
+            packs=(pack,),
+            pools={pool_name(pack.config): ray.get(context.shelf.find.remote(pack.config))[0]},
+            place=Place(**body["place"]),
+            store=body["store"],
+            pace=context.pace,
+            gpus=context.gpus,
+            watched=context.watched and len(pack.members) == len(members),
+        )
+        train_here(pack, own)
+
+
+def point_config(sweep: Sweep, packs: Sequence[Pack], place: Place, store: str) -> dict[str, str]:
+    """What `train_point` is told: a sweep of one point, and the packs that are left of it."""
+    left = [{"members": [member.id for member in pack.members], "start": pack.start} for pack in packs]
+    body = {"sweep": encode(sweep), "packs": left, "place": asdict(place), "store": store}
+    return {"point": json.dumps(body)}
+
+
+def train_here(pack: Pack, context: TrialContext) -> None:
+    """Train a pack on this worker, from the pool to the ledger."""
     torch.set_num_threads(1)
-    pack = context.packs[config["pack"]]
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
     attempts = Attempts(open_store(context.store), pack)
     runs = MemberRuns(context.place, pack, device_name(device))
@@ -93,7 +141,7 @@ def train_pack(config: Mapping[str, Any], context: TrialContext) -> None:
             return
         if device == "cuda":
             torch.cuda.set_per_process_memory_fraction(min(1.0, context.gpus))
-        sink = TrialSink(attempts.files, runs)
+        sink = TrialSink(attempts.files, runs, context.watched)
         if (pieces := attempts.pieces) > 1:
             sink.note(pack, f"lost its worker, perhaps for want of memory: goes on in {pieces} pieces")
         run_pack(pack, *pool_and_probes(pack.config, context.pools, device), sink, context.pace, pieces)
@@ -206,10 +254,11 @@ class Attempts:
 
 
 class TrialSink:
-    """Checkpoints to the store, points and tables to MLflow, progress to Tune."""
+    """Checkpoints to the store, points and tables to MLflow, progress to Tune. watched: see `TrialContext`."""
 
-    def __init__(self, files: Files, runs: MemberRuns) -> None:
-        self.files, self.runs, self.loss = files, runs, float("nan")
+    def __init__(self, files: Files, runs: MemberRuns, watched: bool = False) -> None:
+        self.files, self.runs, self.watched, self.loss = files, runs, watched, float("nan")
+        self.validation: dict[int, dict[str, float]] = {}
         self.report, self.flush = Clock(REPORT_EVERY), Clock(FLUSH_EVERY)
         self.steps = dict.fromkeys(runs.index, runs.pack.start)
 
@@ -240,8 +289,18 @@ class TrialSink:
         self.loss = finite_mean(figures["train_loss"])
         if self.flush.due():
             self.runs.flush()
+        if self.watched and "validation_loss" in figures:
+            self._watch(pack, step, figures["validation_loss"].tolist())
         if self.report.due():
             self._report()
+
+    def _watch(self, pack: Pack, step: int, losses: Sequence[float]) -> None:
+        """Tell the driver the median validation loss of a step, once all members have come there, piece by piece."""
+        system, seen = pack.config.system, self.validation.setdefault(step, {})
+        seen |= {member.id: capped(loss, system) for member, loss in zip(pack.members, losses, strict=True)}
+        if len(seen) == len(self.runs.index):
+            median = statistics.median(self.validation.pop(step).values())
+            Report(pack=self.runs.pack.id, step=step, loss=self.loss, validation=median).send()
 
     def save(self, pack: Pack, state: State, curves: Curves) -> None:
         """To the store."""
@@ -256,6 +315,12 @@ class TrialSink:
                 "figures.parquet": to_parquet(curves.figure_table(index)),
             }
             self.runs.finish(member, files, diverged[index])
+
+
+def capped(loss: float, system: System) -> float:
+    """A loss no worse than that of the trivial predictor, as which a loss that is not finite counts too."""
+    trivial = system.floors().trivial
+    return min(loss, trivial) if math.isfinite(loss) else trivial
 
 
 def live(figures: Figures) -> dict[str, list[float]]:

@@ -106,7 +106,7 @@ class Levels:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chains:
-    """trace `[C, draws]`: n_beta (L(w) - L(w*)), each on one minibatch that w has not seen, NaN from where a chain was
+    """trace `[C, draws]`: n_beta (L(w) - L(w*)), each on one minibatch that w has not seen, NaN for a chain that was
     lost. acceptance `[C]`: mean probability with which a Metropolis step would accept the move (MALA, on the minibatch
     of the move), NaN where never looked at. diverged `[C]`."""
 

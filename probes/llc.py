@@ -128,7 +128,9 @@ class LLC:
             if self.mean < 0.0:
                 yield f"{self.mean:.3g} is below 0: lower losses lie near by"
             return  # exactly 0: nothing that moves has any effect
-        if self.acceptance < LEAST_ACCEPTANCE:
+        if math.isnan(self.acceptance):
+            yield "no look at the acceptance"
+        elif self.acceptance < LEAST_ACCEPTANCE:
             yield f"acceptance {self.acceptance:.2f}, under {LEAST_ACCEPTANCE:g}"
         if not abs(drift := _drift(self.trace)) <= TOLERANCE:
             yield f"the trace drifts by {drift:+.0%} from its first half to its second"
@@ -343,6 +345,7 @@ def _check_masks(parameters: Weights, where: Weights | None) -> None:
     _require("parameters", dict(parameters), len(parameters) > 0, "one or more tensors")
     for name, value in parameters.items():
         _require(f"parameters[{name!r}]", value.dtype, value.is_floating_point(), "a floating-point tensor")
+    _require("where", where, where is None or len(where) > 0, "None, or masks by name")
     for name, mask in (where or {}).items():
         _require("where", name, name in parameters, f"names of parameters: {', '.join(parameters)}")
         shape = tuple(parameters[name].shape)

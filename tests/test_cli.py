@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster import cli, dispatch
-from cluster.cli import main, parse_axes
+from cluster.arguments import parse_axes
+from cluster.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 

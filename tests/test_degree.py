@@ -1,6 +1,7 @@
 """`probes.degree` on gradient flows of known degree, and where its assumptions fail."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from scipy.stats import binom, linregress
 
 import tests.planted_relaxation_coverage as measured
 from probes.degree import Degree, degree_from_gradient, degree_from_loss, degree_from_profile, degree_from_score, drift
+from probes.llc import LLCSettings, estimate_llcs
 from probes.relaxation import fit_relaxation
+from tests.planted_losses import at_origin, expected, power
 from tests.planted_relaxation import Flow, probe_times
 
 TIME = probe_times(10.0, 1e5)
@@ -202,3 +205,117 @@ def test_points_under_the_floor_are_left_out():
 def test_bad_input_names_argument_value_and_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# Trained by steps: each route right where its assumption holds, and wrong or refused where it does not
+
+
+U = 0.01
+STEPS = 40_000
+SEEN = np.unique(np.round(np.geomspace(100, STEPS, 70))).astype(int)
+
+
+def descend(k, rate, jitter=0.1, steps=STEPS):
+    """x of SGD from 1 on c_b |x|^k, whose c_b is U (1 +- jitter) from step to step; rate: of a step, by its number."""
+    signs, x, seen = np.random.default_rng(0).choice([-1.0, 1.0], steps), 1.0, [1.0]
+    for step in range(steps):
+        x -= rate(step) * (1.0 + jitter * signs[step]) * k * U * np.sign(x) * abs(x) ** (k - 1.0)
+        seen.append(x)
+    return np.array(seen)
+
+
+def adam(k, rate=1e-3, steps=4_000):
+    """x of Adam from 1 on U |x|^k."""
+    x, m, v, seen = 1.0, 0.0, 0.0, [1.0]
+    for step in range(1, steps + 1):
+        g = k * U * np.sign(x) * abs(x) ** (k - 1.0)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        x -= rate * m / (1.0 - 0.9**step) / (np.sqrt(v / (1.0 - 0.999**step)) + 1e-8)
+        seen.append(x)
+    return np.array(seen)
+
+
+def about(degree, k, rel):
+    return degree.refusal == "" and degree.k == pytest.approx(k, rel=rel)
+
+
+@pytest.mark.parametrize("k", [3.0, 4.0, 6.0])
+def test_steps_of_sgd_are_a_flow_in_cumulative_learning_rate(k):
+    x = np.abs(descend(k, lambda step: 1.0)[SEEN])
+    loss, gradient, time = U * x**k, k * U * x ** (k - 1.0), SEEN.astype(float)
+    assert about(degree_from_loss(fit_relaxation(time, 0.3 + loss)), k, 0.03)
+    assert about(degree_from_gradient(0.3 + loss, gradient), k, 0.01)
+    linear = degree_from_score(fit_relaxation(time, 0.5 - 0.3 * x))
+    if k < 6.0:
+        assert about(linear, k, 0.01)
+    else:
+        assert "decades" in linear.refusal
+    squared = degree_from_score(fit_relaxation(time, 0.5 - 0.3 * x**2))
+    assert about(squared, 2.0 + (k - 2.0) / 2.0, 0.01)
+    assert not squared.low <= k <= squared.high
+
+
+@pytest.mark.parametrize("k", [3.0, 6.0])
+def test_a_quadratic_score_of_a_flow_gives_half_the_excess_over_two(k):
+    squared = degree_from_score(fit_relaxation(TIME, 0.5 - 0.3 * Flow(k, U).x(TIME) ** 2))
+    assert about(squared, 2.0 + (k - 2.0) / 2.0, 1e-3)
+
+
+def test_degree_two_has_no_power_law_by_steps_either():
+    x = np.abs(descend(2.0, lambda step: 1.0, steps=600))
+    time = np.arange(5.0, 600.0, 5.0)
+    x = x[time.astype(int)]
+    for curve in (0.3 + U * x**2, 0.5 - 0.3 * x, 0.5 - 0.3 * x**2):
+        assert degree_from_loss(fit_relaxation(time, curve)).refusal
+        assert degree_from_score(fit_relaxation(time, curve)).refusal
+    assert about(degree_from_gradient(U * x**2, 2.0 * U * x, 0.0), 2.0, 1e-6)
+
+
+def test_the_loss_gap_asks_for_cumulative_learning_rate_and_not_for_steps():
+    def rate(step):
+        return (1.0 + step / 100.0) ** -0.5
+
+    x = np.abs(descend(4.0, rate, jitter=0.0)[SEEN])
+    passed = np.cumsum(rate(np.arange(STEPS)))[SEEN - 1]
+    loss, gradient = 0.3 + U * x**4, 4.0 * U * x**3
+    assert about(degree_from_loss(fit_relaxation(passed, loss)), 4.0, 0.03)
+    by_step = degree_from_loss(fit_relaxation(SEEN.astype(float), loss))
+    assert by_step.refusal == ""
+    assert by_step.low > 5.0
+    assert about(degree_from_gradient(loss, gradient), 4.0, 1e-3)
+
+
+@pytest.mark.parametrize("k", [2.0, 3.0, 4.0, 6.0])
+def test_under_adam_only_the_routes_without_dynamics_hold(k):
+    seen = np.unique(np.round(np.geomspace(10, 4000, 70))).astype(int)
+    x = np.abs(adam(k)[seen])
+    loss, gradient, time = U * x**k, k * U * x ** (k - 1.0), seen.astype(float)
+    dynamic = [degree_from_loss(fit_relaxation(time, 0.3 + loss))]
+    dynamic += [degree_from_score(fit_relaxation(time, 0.5 - 0.3 * x**p)) for p in (1, 2)]
+    for degree in dynamic:
+        assert degree.refusal or not degree.low <= k <= degree.high
+    assert about(degree_from_gradient(loss, gradient, 0.0), k, 1e-6)
+    assert about(degree_from_profile(LINE, 0.3 + U * np.abs(LINE) ** k), k, 1e-4)
+
+
+@pytest.mark.parametrize("k", [2.0, 3.0, 4.0, 6.0])
+def test_a_profile_about_a_point_that_has_not_arrived_is_refused(k):
+    assert "not least at x = 0" in degree_from_profile(LINE, np.abs(LINE + 0.1) ** k).refusal
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 6])
+def test_the_coefficient_along_the_line_tends_to_one_over_k(k):
+    """u |x|^k whose density at n_beta 1000 is 0.1 wide: at gamma 0.3 the coefficient is 1/k, at 1000 it is not."""
+    target = at_origin(power(k), 1, (10.0**k / 1000.0,))
+    settings = LLCSettings(
+        n_beta=1000.0, gamma=0.3, step_size=1.5e-4, chains=1536, draws=400, burn_in=300, sensitivity=False,
+        check_every=0,
+    )  # fmt: skip
+    (free,) = estimate_llcs(target, [0], settings)
+    (held,) = estimate_llcs(target, [0], replace(settings, gamma=1000.0, step_size=5e-5))
+    assert free.mean == pytest.approx(1.0 / k, abs=max(0.04 / k, 3.0 * free.sd / 1536**0.5))
+    assert free.sd / 1536**0.5 < 0.03 / k
+    assert expected(power(k), 1, 10.0**k, 0.3) == pytest.approx(1.0 / k, rel=0.005)
+    truth = expected(power(k), 1, 10.0**k, 1000.0)
+    assert truth < 0.2 / k
+    assert held.mean == pytest.approx(truth, abs=max(0.03 * truth, 3.0 * held.sd / 1536**0.5))

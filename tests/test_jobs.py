@@ -26,7 +26,8 @@ from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.job_submission import JobStatus, JobType
 from rich.console import Console
 
-from cluster import jobs, tracking
+from cluster import jobs, server, tracking
+from cluster import nodes as node_checks
 from cluster.driver import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -372,28 +373,28 @@ def in_turn(monkeypatch):
         for node in nodes:
             monkeypatch.setattr(tracking, "connect", unreachable if node in apart["deaf"] else lambda uri: None)
             seen = f"{root}-of-{node}" if node in apart["elsewhere"] else root
-            reached[node] = jobs.look_around(seen, mark, f"{mark}-{node}", uri)
+            reached[node] = node_checks.look_around(seen, mark, f"{mark}-{node}", uri)
         return reached
 
     def unreachable(uri):
         raise tracking.TrackingError(f"tracking_uri: no MLflow server answers at {uri!r}")
 
-    monkeypatch.setattr(jobs, "_ask_nodes", ask)
+    monkeypatch.setattr(node_checks, "_ask_nodes", ask)
     return apart
 
 
 def test_one_node_may_do_as_it_likes():
-    jobs.require_shared(NODES[:1], Settings())
+    node_checks.require_shared(NODES[:1], Settings())
 
 
 def test_several_nodes_need_a_server(in_turn, elsewhere):
     with pytest.raises(
         ValueError, match=r"tracking_uri: 'sqlite:.*must be an MLflow server .* the cluster has 2 nodes"
     ):
-        jobs.require_shared(NODES, Settings())
+        node_checks.require_shared(NODES, Settings())
     settings = Settings(tracking_uri="postgresql://me:secret@host/db")
     with pytest.raises(ValueError, match=r"tracking_uri: 'postgresql://...' is not allowed"):
-        jobs.require_shared(NODES, settings)
+        node_checks.require_shared(NODES, settings)
     assert list(elsewhere.iterdir()) == []
 
 
@@ -402,11 +403,11 @@ def test_several_nodes_need_a_folder_in_common_and_no_trace_is_left(in_turn, els
     folder = elsewhere / "shared"
     places = {"out": folder} if name == "out" else {"out": elsewhere / "own", "store": str(folder)}
     settings = Settings(tracking_uri="http://ledger:5000", **places)
-    jobs.require_shared(NODES, settings)
+    node_checks.require_shared(NODES, settings)
     assert list(folder.iterdir()) == []
     in_turn["elsewhere"].add("b")
     with pytest.raises(ValueError, match=f"^{name}: .*all nodes reach.*node 10.0.0.2 cannot read what this one writes"):
-        jobs.require_shared(NODES, settings)
+        node_checks.require_shared(NODES, settings)
     assert [path for path in elsewhere.rglob("*") if path.is_file()] == []
 
 
@@ -416,7 +417,7 @@ def test_every_node_must_reach_the_server(in_turn, elsewhere):
     with pytest.raises(
         ValueError, match=r"no MLflow server answers at 'http://127.0.0.1:5000', seen from node 10.0.0.2"
     ):
-        jobs.require_shared(NODES, settings)
+        node_checks.require_shared(NODES, settings)
 
 
 @contextlib.contextmanager
@@ -466,13 +467,13 @@ def test_nodes_of_a_real_cluster_are_asked(elsewhere, monkeypatch):
         nodes = [node for node in ray.nodes() if node["Alive"]]
         assert len(nodes) == 2
         with ledger_stub() as uri:
-            jobs.require_shared(nodes, Settings(tracking_uri=uri, out=elsewhere / "shared"))
+            node_checks.require_shared(nodes, Settings(tracking_uri=uri, out=elsewhere / "shared"))
             assert list((elsewhere / "shared").iterdir()) == []
             apart = Settings(tracking_uri=uri, store="/proc/self/cwd/checkpoints", out=elsewhere / "shared")
             with pytest.raises(ValueError, match=r"store: '/proc/self/cwd/checkpoints' is not allowed.* cannot read"):
-                jobs.require_shared(nodes, apart)
+                node_checks.require_shared(nodes, apart)
         with pytest.raises(ValueError, match=r"no MLflow server answers at 'http://127.0.0.1:9'.*, seen from node"):
-            jobs.require_shared(nodes, Settings(tracking_uri="http://127.0.0.1:9", out=elsewhere / "shared"))
+            node_checks.require_shared(nodes, Settings(tracking_uri="http://127.0.0.1:9", out=elsewhere / "shared"))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -612,7 +613,7 @@ def test_a_job_that_is_stopped_tells_the_ledger(cluster, job, console, capsys):
 @pytest.mark.slow
 def test_a_local_server_keeps_runs_and_artifacts_in_its_folder_and_ends_when_told(elsewhere):
     (port,) = free_ports(1)
-    run = "import sys; from rich.console import Console; from cluster.jobs import server_command; "
+    run = "import sys; from rich.console import Console; from cluster.server import server_command; "
     command = [sys.executable, "-c", run + "server_command(sys.argv[1:], Console())", "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=elsewhere, env=environment, text=True, stdout=subprocess.PIPE,
@@ -631,32 +632,32 @@ def test_a_local_server_keeps_runs_and_artifacts_in_its_folder_and_ends_when_tol
     assert status_of(f"{uri}/health") is None
     (artifact,) = (elsewhere / "headway-server" / "artifacts").rglob("config.json")
     assert json.loads(artifact.read_text()) == {"a": 1}
-    jobs.require_proxied(f"sqlite:///{elsewhere}/headway-server/mlflow.db", elsewhere)
+    server.require_proxied(f"sqlite:///{elsewhere}/headway-server/mlflow.db", elsewhere)
 
 
 def test_a_server_takes_no_folder_of_local_sweeps_and_no_port_in_use(elsewhere, console, monkeypatch):
-    monkeypatch.setattr(jobs.os, "execve", lambda *args: pytest.fail("a server was started"))
+    monkeypatch.setattr(server.os, "execve", lambda *args: pytest.fail("a server was started"))
     uri = f"sqlite:///{elsewhere}/mlflow.db"
     tracking.experiment_id(tracking.connect(uri), uri)
     with pytest.raises(ValueError, match=r"folder: .*one of the server's own: the ledger here keeps artifacts"):
-        jobs.server_command(["--folder", str(elsewhere), "--port", "0"], console)
+        server.server_command(["--folder", str(elsewhere), "--port", "0"], console)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(
             ValueError, match=r"port: \d+ on '127.0.0.1' cannot be listened on \(Address already in use"
         ):
-            jobs.server_command(["--port", str(taken.getsockname()[1])], console)
+            server.server_command(["--port", str(taken.getsockname()[1])], console)
     with pytest.raises(ValueError, match=r"folder: .*cannot be made"):
-        jobs.server_command(["--folder", "/dev/null/x", "--port", "0"], console)
+        server.server_command(["--folder", "/dev/null/x", "--port", "0"], console)
 
 
 def test_the_server_that_is_started_listens_on_loopback_with_one_worker(elsewhere, console, monkeypatch):
     started = []
-    monkeypatch.setattr(jobs.os, "execve", lambda *args: started.append(args))
-    monkeypatch.setattr(jobs, "require_proxied", lambda uri, folder: None)
+    monkeypatch.setattr(server.os, "execve", lambda *args: started.append(args))
+    monkeypatch.setattr(server, "require_proxied", lambda uri, folder: None)
     (port,) = free_ports(1)
-    jobs.server_command(["--port", str(port), "--allowed-hosts", "mlflow:5000", "head:5000"], console)
+    server.server_command(["--port", str(port), "--allowed-hosts", "mlflow:5000", "head:5000"], console)
     ((_, command, environment),) = started
     flags = dict(zip(command[4::2], command[5::2], strict=True))
     assert flags == {
