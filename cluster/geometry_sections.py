@@ -31,6 +31,25 @@ HEAD = ["member_id", "layer", "head"]
 Interval = tuple[float, float, float]
 
 
+def at_rest(llc: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows of those members and steps at which the median over heads is not below 0, and a line on the others.
+
+    An estimate below 0 says that lower losses lie near by: early in training there is no minimum to speak of, and how
+    far below 0 it comes out is no geometry. Steps are left out whole, so that no head is picked by its own value.
+    """
+    place = ["member_id", "step"]
+    falling = llc.groupby(place)["llc"].transform("median") < 0.0
+    if not falling.any():
+        return llc, ""
+    out = llc[falling]
+    line = (
+        f"At {plural(len(out[place].drop_duplicates()), 'step')} of {plural(out['member_id'].nunique(), 'member')} "
+        f"(all at or before step {out['step'].max():,}) most estimates are below 0, as lower losses lie near by: these "
+        "steps are left out of the figures and of what follows."
+    )
+    return llc[~falling], line
+
+
 def by_phase(llc: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
     """Mean coefficients of members' heads by width, member, group and phase, from rows over the same tokens.
 
@@ -245,11 +264,12 @@ class GeometrySection:
             f"{settings_text(llc)}.",
         )
         for tokens, own in llc.groupby("tokens"):
-            phases = by_phase(own, self.judged)
+            resting, left_out = at_rest(own)
+            phases = by_phase(resting, self.judged)
             start = "" if llc["tokens"].nunique() == 1 else f"Loss over {tokens} tokens: "
-            section.lines += [start + line for line in [convergence_line(own), *phase_lines(phases)]]
+            section.lines += [start + line for line in [convergence_line(own), left_out, *phase_lines(phases)] if line]
         section.lines += agreement_lines(degrees)
-        first = llc[llc["tokens"] == llc["tokens"].min()]
+        first, _ = at_rest(llc[llc["tokens"] == llc["tokens"].min()])
         self._draw_heads(section, first)
         self._draw_phases(section, first)
         return [section]

@@ -19,6 +19,7 @@ from cluster.geometry import LINE, METHODS, Geometry, Kept, Request, Subject, cu
 from cluster.geometry_sections import (
     GEOMETRY_PANELS,
     agreement_lines,
+    at_rest,
     by_phase,
     commonest,
     convergence_line,
@@ -496,6 +497,23 @@ def test_estimates_stand_side_by_side_with_reasons():
     first, second = degree_table(pd.DataFrame(rows)).rows
     assert first == ["gradient", "3.00", "2.50 to 3.50", "3", "2", "… decades of L - end, under … (2)", "a"]
     assert second == ["profile", "–", "–", "0", "1", "bent at 3 (1)", "a"]
+
+
+def test_steps_at_which_most_estimates_are_below_zero_are_left_out_whole():
+    rows = [
+        {"member_id": member, "step": step, "layer": 0, "head": head, "llc": value}
+        for member in ("a", "b")
+        for step, values in {0: (-5.0, -1.0, 2.0), 10: (1.0, -1.0, 2.0), 20: (1.0, np.nan, 2.0)}.items()
+        for head, value in enumerate(values)
+    ]
+    table = pd.DataFrame(rows)
+    kept, line = at_rest(table)
+    assert sorted(set(kept["step"])) == [10, 20]
+    assert len(kept) == 12  # of a step that stays, also what is below 0
+    assert "At 2 steps of 2 members (all at or before step 0)" in line
+    again, nothing = at_rest(kept)
+    assert nothing == ""
+    pd.testing.assert_frame_equal(again, kept)
 
 
 def planted_estimates(keys, steps=(0, 50, LAST)):
