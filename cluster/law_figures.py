@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from cluster.figures import COLOURS, DASHES, GREY, INK, TITLE, Array, count_text
 
 TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PANEL_LETTERS = 42  # in a line of the title of one of three panels
 
 
 class Stairs(NamedTuple):
@@ -109,7 +111,7 @@ def draw_survival(panels: Sequence[tuple[str, Sequence[Stairs], float]], unit: s
             ax.step(x, y, where="post", color=colour, lw=1.6, label=f"width {stairs.width:g}")
             ax.fill_between(x, low, high, step="post", color=colour, alpha=0.13, lw=0)
         ax.set_ylim(0, 1.02)
-        ax.set_title(plain(name), fontsize=9.5, loc="left", color=INK)
+        ax.set_title(textwrap.fill(plain(name), PANEL_LETTERS), fontsize=9, loc="left", color=INK)
         step_axis(ax, max(end for *_, end in panels))
         ax.set_xlabel("")
     for ax in axes[-3:]:
@@ -198,7 +200,7 @@ def draw_tails(plots: Sequence[TailPlot]) -> Figure:
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_ylim(0.7 * float(tail.survival.min()), 1.3)
-        ax.set_title(plain(tail.title), fontsize=9, loc="left", color=INK)
+        ax.set_title(textwrap.fill(plain(tail.title), PANEL_LETTERS), fontsize=9, loc="left", color=INK)
         ax.set_xlabel("time over the width's median", fontsize=9.5)
     axes[0].set_ylabel("share of heads later than this", fontsize=9.5)
     axes[0].legend(frameon=False, fontsize=8.5, loc="lower left")

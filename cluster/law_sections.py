@@ -83,6 +83,7 @@ class LawSections:
                 "lines: the fitted share that ever emerges). Middle: geometric mean of the level of best detectors, "
                 "with its interval (lines: fitted laws, where there are any). Right: heads a member whose looking "
                 "matters. Series stand a little apart so that they can be told."
+                + (f" Of {len(self.laws):,} series {len(shown):,} are drawn." if len(self.laws) > len(shown) else "")
             )
             titles = ("heads with a level", "level of the best detector", "heads that matter")
             figure = law_figures.draw_lines([line_of(found) for found in shown], widths, titles)
