@@ -21,6 +21,7 @@ from rich.table import Table
 from cluster import tracking
 from cluster.analysis import load_analysis, load_sweep_config
 from cluster.arguments import make_sweep, parse, sweep_form
+from cluster.calibration import Grid, calibrate_sweep, calibration_table
 from cluster.display import Terminal, count, duration, show_plan, width_summary
 from cluster.driver import Desk, Outcome, Settings, analyze_again, make_report, run_sweep
 from cluster.encoding import require_known
@@ -42,6 +43,7 @@ headway COMMAND ...
   recipes               the named sweeps, one line each
   sweep RECIPE ...      train a sweep, measure every head, write a report; run again to go on where it stopped
   status [SWEEP]        sweeps in the ledger, or the members of one
+  probe calibrate SWEEP step size and localisation for that, tried on one member
   probe llc SWEEP       learning coefficients of every head at the kept steps, and degrees of their potentials
   analyze SWEEP         work out timescales again from the tables of the members that are done
   report SWEEP          write the report again from the last analysis
@@ -91,6 +93,14 @@ class UiOptions(StoreOptions):
     """Address to serve on; the pages have no password, so think before you widen it."""
     port: int = 5000
     """Port to serve on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateOptions(StoreOptions):
+    """What is tried, and on which member."""
+
+    grid: Annotated[Grid, tyro.conf.arg(name="")] = field(default_factory=Grid)
+    """The grid."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,17 +236,43 @@ def analyze_command(arguments: Sequence[str], console: Console) -> int:
 
 
 def probe_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway probe llc` and `headway probe calibrate`."""
+    kind, *rest = arguments or [""]
+    if kind.startswith("-"):
+        kind, rest = "llc", list(arguments)
+    commands = {"llc": llc_command, "calibrate": calibrate_command}
+    require_known(kind, list(commands), "probe")
+    return commands[kind](rest, console)
+
+
+def calibrate_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway probe calibrate`: a grid on one member, a table, a figure, and the flags to go on with."""
+    text = (
+        "Try step sizes and localisations of Langevin chains on the heads of one layer of one member, on this machine, "
+        "and pick by acceptance and flatness of the trace: the least gamma, and with it the largest step."
+    )
+    name, options = named(arguments, CalibrateOptions(), "headway probe calibrate", text)
+    desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
+    done = calibrate_sweep(desk, parent, sweep, options.grid)
+    console.print(f"{escape(done.member)}; n_beta = {options.grid.n_beta:g}")
+    console.print(calibration_table(done.found))
+    console.print(f"figure:  {done.figure}")
+    if done.found.chosen is None:
+        console.print(f"none will do: {done.found.refusal}")
+        return 1
+    chosen = done.found.chosen
+    flags = f"--n-beta {chosen.n_beta:g} --gamma {chosen.gamma:g} --step-size {chosen.step_size:g}"
+    console.print(f"next:    headway probe llc {name} {flags}", soft_wrap=True)
+    return 0
+
+
+def llc_command(arguments: Sequence[str], console: Console) -> int:
     """`headway probe llc`."""
     text = (
         "Refined learning coefficients of every head at the steps at which weights were kept, and every estimate of "
         "the degree of its potential; the report is written again. The same command goes on where it was stopped."
     )
-    kind, *rest = arguments or [""]
-    if kind.startswith("-"):
-        rest = list(arguments)
-    else:
-        require_known(kind, ["llc"], "probe")
-    name, options = named(rest, ProbeOptions(), "headway probe llc", text)
+    name, options = named(arguments, ProbeOptions(), "headway probe llc", text)
     settings = Settings(**{item: getattr(options, item) for item in ("tracking_uri", "out", "address", *ON_CLUSTER)})
     request, which = options.request, {"widths": options.widths, "seeds": options.seeds}
     desk, parent, sweep = open_named(name, settings)

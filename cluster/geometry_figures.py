@@ -104,7 +104,7 @@ def draw_phases(means: Sequence[PhaseMean], widths: Sequence[float]) -> Figure:
         ax.set_xlim(-0.5, len(PHASES) - 0.5)
         ax.set_title(f"width {width:g}", fontsize=9.5, loc="left", color=INK)
     axes[0, 0].set_ylabel("mean refined coefficient", fontsize=9.5)
-    axes[0, 0].legend(frameon=False, fontsize=8.5)
+    axes[0, 0].legend(frameon=False, fontsize=8.5, loc="upper left")
     return figure
 
 

@@ -543,3 +543,33 @@ def test_devinterp_finds_the_same_within_the_chains_spread(small, minibatch, par
     spread = float(np.hypot(other.std(ddof=1) / 5**0.5, error(ours)))
     assert spread < 0.15 * ours.mean
     assert other.mean() == pytest.approx(ours.mean, abs=3.0 * spread)
+
+
+def test_a_head_masked_out_of_the_forward_pass_has_coefficient_zero():
+    """Two heads of attention, one of them multiplied by 0: exactly 0 for its weights, above 0 for the other's."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(16, 5, 6, generator=generator, dtype=DOUBLE)
+    own = {name: torch.randn(2, 6, 3, generator=generator, dtype=DOUBLE) for name in ("q", "k", "v")}
+    own["o"] = torch.randn(2, 3, 6, generator=generator, dtype=DOUBLE)
+    mask = torch.tensor([1.0, 0.0], dtype=DOUBLE)
+
+    def look(weights):
+        q, k, v = (torch.einsum("bni,hid->bhnd", x, weights[name]) for name in ("q", "k", "v"))
+        read = torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
+        return torch.einsum("bhnd,hdi,h->bni", read, weights["o"], mask)
+
+    aim = look(own)
+
+    def loss(weights, batch):
+        return (look(weights) - aim).square().mean() + 0.0 * batch.sum()
+
+    found = []
+    for head in range(2):
+        where = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in own.items()}
+        for value in where.values():
+            value[head] = True
+        found.append(estimate_llc(loss, own, [torch.zeros(1)], where, replace(FEW, sensitivity=True)))
+    assert found[0].mean > 0.1
+    assert not found[1].trace.any()
+    assert set(found[1].sensitivity.values()) == {0.0}
+    assert found[1].reason == ""
