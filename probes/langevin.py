@@ -181,7 +181,7 @@ def run_chains(
         batch = placed.draw(streams)
         loss, gradient = flat.look(placed, batch, schedule.scale)
         trace[:, draw] = n_beta[:, 0] * (loss - schedule.scale * placed.base(batch))
-        lost |= ~(trace[:, draw] < LOST)[:, None]  # nan is not below
+        lost |= ~(trace[:, draw].isfinite() & (trace[:, draw] < LOST))[:, None]
         if schedule.sampler == "rmsprop" and draw < schedule.burn_in // 2:
             square.mul_(FORGET).addcmul_(gradient, gradient, value=1.0 - FORGET)
             metric = _metric(square, flat.where)
@@ -194,7 +194,7 @@ def run_chains(
             loss, gradient = flat.look(placed, batch, schedule.scale)
             back = before - flat.values + 0.5 * eps * metric * force(gradient)
             log_ratio = old - energy(loss) + 0.5 * (noise.square() - back.square() / (eps * metric)).sum(1)
-            accepted += log_ratio.clamp_max(0.0).exp()
+            accepted += log_ratio.nan_to_num(nan=-math.inf).clamp_max(0.0).exp()  # to where the loss is no number
             looks += 1
     trace = trace[:, schedule.burn_in :].masked_fill(lost, math.nan)
     acceptance = accepted / looks if looks else torch.full_like(accepted, math.nan)

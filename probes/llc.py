@@ -186,7 +186,9 @@ def estimate_llcs(
     found = []
     for chains in _by_point(target, seeds, variants, at_once, where):
         trace, acceptance = chains.trace[0], chains.acceptance[0]
-        values = dict(zip(factors, (_mean(row) for row in chains.trace.mean(axis=2)), strict=True))
+        per_chain = chains.trace.mean(axis=2)
+        values = {name: float(row.mean()) for name, row in zip(factors, per_chain, strict=True)}  # nan if one was lost
+        values[""] = _mean(per_chain[0])
         found.append(
             LLC(
                 mean=values.pop(""), sd=_sd(trace.mean(axis=1)), per_chain=trace.mean(axis=1), trace=trace,
@@ -198,7 +200,10 @@ def estimate_llcs(
 
 
 def _changed(settings: LLCSettings, a: float, b: float) -> LLCSettings:
-    """At other n_beta and gamma; where they grow, steps shrink with them, so that their error does not."""
+    """At other n_beta and gamma; where they grow, steps shrink with them, so that stiff directions bear them.
+
+    Soft directions, which relax at a rate of eps gamma / 2 a draw, then take up to three times as long.
+    """
     eps = settings.step_size / max(a, b, 1.0)
     return replace(settings, n_beta=settings.n_beta * a, gamma=settings.gamma * b, step_size=eps)
 
@@ -207,8 +212,8 @@ def _changed(settings: LLCSettings, a: float, b: float) -> LLCSettings:
 class Calibration:
     """A grid of step sizes and localisations, one entry a combination, and the one to use.
 
-    Among those where no chain diverged, acceptance is 90% or more and the trace is flat within 20%: the least gamma,
-    and with it the largest step. `refusal`: why there is none.
+    Among those where no chain diverged, acceptance is 90% or more, the trace is flat within 20% and the coefficient
+    above 0: the least gamma, and with it the largest step. `refusal`: why there is none.
     """
 
     step_size: Array  # [G]
@@ -242,12 +247,13 @@ def calibrate(
     acceptance = _nanmean(np.stack([chains.acceptance for chains in found]), (0, 2))
     diverged = np.isnan(traces).any(axis=3).sum(axis=(0, 2))
     sd = _nanmean(np.array([[_sd(row) for row in point.mean(axis=2)] for point in traces]), (0,))
-    sound = (diverged == 0) & (acceptance >= LEAST_ACCEPTANCE) & (np.abs(drift) <= TOLERANCE)
+    sound = (diverged == 0) & (acceptance >= LEAST_ACCEPTANCE) & (np.abs(drift) <= TOLERANCE) & (llc > 0.0)
     ranked = sorted(np.flatnonzero(sound), key=lambda i: (variants[i].gamma, -variants[i].step_size))
     lacks = {
         "a chain diverged": diverged > 0,
         f"acceptance under {LEAST_ACCEPTANCE:g}": ~(acceptance >= LEAST_ACCEPTANCE),
         "the trace is not flat": ~(np.abs(drift) <= TOLERANCE),
+        "lower losses lie near by": llc < 0.0,
     }
     reasons = [f"{text} at {int(bad.sum())} of {bad.size}" for text, bad in lacks.items() if bad.any()]
     return Calibration(
