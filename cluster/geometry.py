@@ -21,7 +21,7 @@ from torch import Tensor
 from cluster.analysis import STAYED_NOT, Analysis, Rows
 from cluster.encoding import encode
 from cluster.intervals import mean_interval
-from cluster.pack import probe_batch
+from cluster.pack import probe_batch, to_numpy
 from cluster.sweep import MemberConfig, digest
 from probes.degree import (
     PROFILE,
@@ -404,11 +404,6 @@ def cumulative_rate(steps: NDArray[np.float64], train: TrainConfig) -> NDArray[n
     """Sum of the learning rates of all steps so far, in units of the rate after the warm-up."""
     rising = np.minimum(steps, train.warmup)
     return np.asarray(steps - rising + rising * (rising + 1) / (2 * max(train.warmup, 1)))
-
-
-def to_numpy(values: Tensor) -> NDArray[np.float64]:
-    """In float64 on the host."""
-    return np.asarray(values.detach().double().cpu().numpy())
 
 
 def with_tables(client: MlflowClient, parent: str, analysis: Analysis) -> Analysis:

@@ -11,22 +11,11 @@ from cluster import calibration
 from cluster.calibration import Grid, calibrate_member, calibration_table, draw_calibration
 from cluster.geometry import Kept, Subject
 from cluster.pack import make_pool
-from cluster.sweep import DataConfig, ProbeConfig, Sweep
 from probes.llc import estimate_llcs
-from sim.particles import ParticleBox, ParticleSystem
-from train.config import ModelConfig, TrainConfig
+from tests.test_geometry import SWEEP
 from train.model import tensor_specs
 from train.refine import HeadTarget
 
-SWEEP = Sweep(
-    name="c",
-    widths=(8,),
-    system=ParticleSystem(box=ParticleBox(n=6, radius=0.1)),
-    data=DataConfig(rows=32, validation_rows=8),
-    model=ModelConfig(layers=2, heads=2),
-    train=TrainConfig(steps=60, batch_size=4, precision="float64"),
-    probe=ProbeConfig(replicates=2, examples=8, sparse_examples=4),
-)
 CONFIG = SWEEP.members()[0].config
 SUBJECT = Subject(member_id="m", run_id="r", name="n", config=CONFIG, heads=[], best_head="")
 GRID = Grid(step_sizes=(1e-5, 10.0), gammas=(50.0, 500.0), n_beta=5.0, draws=8, burn_in=2, minibatch=4)
