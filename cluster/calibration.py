@@ -104,26 +104,32 @@ def calibrate_member(client: MlflowClient, subject: Subject, grid: Grid) -> Cali
     layer = layers - 1 if grid.layer is None else grid.layer
     require(0 <= layer < layers, "layer", layer, f"in 0..{layers - 1}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(1)
     pool = make_pool(config, device)
     batch = make_examples(config, pool, config.probe.replicates * config.probe.examples)["all"].batch
     heads = [(0, head) for head in range(config.model.n_heads)]
     parameters = kept.parameters([step], device)
     target = HeadTarget(config.system, config.model, parameters, batch, heads, layer, grid.minibatch)
     seeds = [key_of("calibrate", subject.member_id, step, layer, head) for _, head in heads]
-    return calibrate(target, seeds, grid.settings, grid.step_sizes, grid.gammas, AT_ONCE[device])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small products
+    try:
+        return calibrate(target, seeds, grid.settings, grid.step_sizes, grid.gammas, AT_ONCE[device])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def calibration_table(found: Calibration) -> Table:
-    """A row for each combination; the chosen one in bold."""
-    table = Table("gamma", "step size", "coefficient", "sd", "acceptance", "drift", "chains lost")
+    """A row for each combination, acceptance, spread and heating being those of the worst head; the chosen in bold."""
+    names = ("gamma", "step size", "coefficient", "sd", "acceptance", "spread", "heating", "drift", "chains lost")
+    table = Table(*names)
     chosen = (found.chosen.gamma, found.chosen.step_size) if found.chosen else None
     rows = zip(
-        found.gamma, found.step_size, found.llc, found.sd, found.acceptance, found.drift, found.diverged, strict=True
-    )
-    for gamma, eps, llc, sd, acceptance, drift, lost in rows:
-        cells = (f"{gamma:g}", f"{eps:g}", f"{llc:.3g}", f"{sd:.2g}", f"{acceptance:.2f}", f"{drift:+.0%}", str(lost))
+        found.gamma, found.step_size, found.llc, found.sd, found.acceptance, found.spread, found.heating, found.drift,
+        found.diverged, strict=True,
+    )  # fmt: skip
+    for gamma, eps, llc, sd, acceptance, spread, heating, drift, lost in rows:
+        sampled = (f"{acceptance:.2f}", f"{spread:.2f}", f"{heating:.0%}", f"{drift:+.0%}", str(lost))
+        cells = (f"{gamma:g}", f"{eps:g}", f"{llc:.3g}", f"{sd:.2g}", *sampled)
         table.add_row(*cells, style="bold" if (gamma, eps) == chosen else "")
     return table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.findings import DASH, Table, more, number_text, plural, step_text
+from cluster.findings import DASH, Table, interval, more, number_text, plural, step_text
 from cluster.intervals import CONFIDENCE
 from cluster.laws import HEADS, MEMBERS, Law
 
@@ -14,12 +14,6 @@ UNIT = {MEMBERS: "member", HEADS: "head"}
 LEAST_CLUSTERS = 5  # with some that never get there, for a trend of the share
 SLOPE = ("slope", "slope_low", "slope_high")
 ROWS = 60  # of the table
-
-
-def interval(values: Sequence[float | None], form: str = ".2f") -> str:
-    """`0.53 (0.31 to 0.75)` of an estimate and its ends."""
-    middle, low, high = (number_text(value, form) for value in values)
-    return f"{middle} ({low} to {high})"
 
 
 def named(law: Law) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -111,8 +111,9 @@ class ProbeOptions(AnalyzeOptions):
     """CPU cores of a local cluster, one for each member at work. Default: all."""
     gpus: float | None = None
     """GPUs a member takes, a fraction to share one. Default: 1 where the cluster has GPUs, else 0."""
-    checkpoints: tuple[str, ...] = ("all",)
-    """Steps, of those at which weights were kept, or all."""
+    checkpoints: tuple[str, ...] = ("recent",)
+    """Steps, of those at which weights were kept; `all` of them; or `recent`: every second one in the last two
+    decades."""
     heads: tuple[str, ...] = ("all",)
     """Heads as LAYER.HEAD, or all."""
     widths: tuple[int, ...] = ()
@@ -133,7 +134,8 @@ class ProbeOptions(AnalyzeOptions):
     @property
     def request(self) -> Request:
         """What is measured of every member. ValueError for what cannot be read."""
-        steps = None if self.checkpoints == ("all",) else tuple(map(parse_step, self.checkpoints))
+        named: dict[tuple[str, ...], Literal["all", "recent"]] = {("all",): "all", ("recent",): "recent"}
+        steps = named.get(self.checkpoints) or tuple(map(parse_step, self.checkpoints))
         heads = None if self.heads == ("all",) else self.heads
         return Request(
             llc=self.llc, checkpoints=steps, heads=heads, tokens=self.tokens, minibatch=self.minibatch,
@@ -143,7 +145,7 @@ class ProbeOptions(AnalyzeOptions):
 
 def parse_step(text: str) -> int:
     """A step from the command line, or ValueError."""
-    require(text.isdecimal(), "checkpoints", text, "a step, or all")
+    require(text.isdecimal(), "checkpoints", text, "steps, or all, or recent")
     return int(text)
 
 
@@ -278,8 +280,8 @@ def llc_command(arguments: Sequence[str], console: Console) -> int:
     desk, parent, sweep = open_named(name, settings)
     with Terminal(console) as display:
         measured = measure_geometry(desk, parent, sweep, request, which, display)
-    for member, cause in measured.failed.items():
-        console.print(f"[red]failed[/red]: {escape(member)}: {escape(cause)}")
+    for name, cause in measured.failed.values():
+        console.print(f"[red]failed[/red]: {escape(name)}: {escape(cause)}")
     console.print(
         f"{count(measured.now, 'member')} measured in this call, {count(measured.total, 'member')} in all with these "
         f"settings; {duration(measured.seconds)}"

@@ -128,6 +128,12 @@ def number_text(value: Any, form: str = ".2f") -> str:
     return format(value, form)
 
 
+def interval(values: Sequence[float | None], form: str = ".2f") -> str:
+    """`0.53 (0.31 to 0.75)` of an estimate and its ends, without brackets where there is no interval."""
+    middle, low, high = (number_text(value, form) for value in values)
+    return middle if DASH in (low, high) else f"{middle} ({low} to {high})"
+
+
 def interval_text(row: Mapping[Any, Any], name: str, low: str, high: str) -> str:
     """`960 (616–1,496)`, without brackets where there is no interval."""
     middle, ends = step_text(row.get(name)), [step_text(row.get(low)), step_text(row.get(high))]

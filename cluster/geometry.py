@@ -30,9 +30,11 @@ from probes.degree import (
     degree_from_loss,
     degree_from_profile,
     degree_from_score,
+    refused,
 )
 from probes.llc import LLC, LLCSettings, estimate_llcs
 from probes.relaxation import Relaxation, fit_relaxation
+from probes.words import counted
 from sim.checks import require, require_one_of
 from sim.generator import Generator, key_of
 from sim.pool import Pool
@@ -46,11 +48,13 @@ Tokens = Literal["all", "related"]
 HeadKey = tuple[int, int]
 """(layer, head)"""
 
-VERSION = 1  # raised when a fix changes the numbers
+VERSION = 2  # raised when a fix changes the numbers
 METHODS = ("gradient", "profile", "score", "loss gap", "line coefficient")
 TABLES = ("llc", "degrees")
 LINE = "one-dimensional learning coefficient along the line at n_beta, gamma; equals 1/k only as n_beta grows"
 LEAST = 8  # steps from a head's onset on, for its gradients to be taken from there
+RECENT = 2.0  # decades of steps before the last, of which every second that is kept is measured
+FLOOR = 2.0  # standard errors of a difference of losses
 NEAREST, POINTS = 1e-3, 31  # least |x| of a profile in lengths of the line; points a side
 ROUNDING = 1e3 * np.finfo(float).eps  # of a mean loss
 MEMORY = 1 << 28  # bytes that are kept of what does not move
@@ -65,10 +69,11 @@ NEARBY = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What is measured of every member. None: all of them."""
+    """What is measured of every member. checkpoints: steps, "all", or "recent": every second one kept in the last two
+    decades; heads: LAYER.HEAD, None for all. The order in which things are named makes no other request."""
 
     llc: LLCSettings = field(default_factory=LLCSettings)
-    checkpoints: tuple[int, ...] | None = None
+    checkpoints: tuple[int, ...] | Literal["all", "recent"] = "recent"
     heads: tuple[str, ...] | None = None
     tokens: tuple[Tokens, ...] = ("all",)
     minibatch: int = 32
@@ -77,7 +82,9 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("checkpoints", "heads", "tokens"):
             value = getattr(self, name)
-            require(value is None or len(set(value)) == len(value) > 0, name, value, "at least one, each once")
+            if isinstance(value, tuple):
+                require(len(set(value)) == len(value) > 0, name, value, "at least one, each once")
+                object.__setattr__(self, name, tuple(sorted(value)))
         for tokens in self.tokens:
             require_one_of("tokens", tokens, get_args(Tokens))
         for head in self.heads or ():
@@ -106,9 +113,13 @@ class Request:
     def steps_of(self, kept: Iterable[int]) -> list[int]:
         """The steps of a member. ValueError for one at which no weights were kept."""
         kept = sorted(kept)
-        for step in self.checkpoints or ():
+        if self.checkpoints == "all":
+            return kept
+        if self.checkpoints == "recent":
+            return sorted(step for step in kept[::-2] if step >= kept[-1] / 10**RECENT)
+        for step in self.checkpoints:
             require(step in kept, "checkpoints", step, f"one of {', '.join(map(str, kept))}, where weights were kept")
-        return sorted(self.checkpoints or kept)
+        return list(self.checkpoints)
 
     def examples_of(self, config: MemberConfig) -> int:
         """How many examples of the probe set. ValueError for more than it has."""
@@ -118,10 +129,7 @@ class Request:
 
     def looks(self, heads: int, steps: int) -> int:
         """Gradients of a chain's loss, for all estimates of so many heads at so many steps and along their lines."""
-        llc = self.llc
-        checks = -(-llc.draws // llc.check_every) if llc.check_every else 0
-        once = llc.chains * (llc.burn_in + llc.draws + checks)
-        return once * heads * (steps * len(self.tokens) * (5 if llc.sensitivity else 1) + 5)
+        return heads * (steps * len(self.tokens) * self.llc.looks + replace(self.llc, sensitivity=True).looks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +143,12 @@ class Subject:
     config: MemberConfig
     heads: Rows
     best_head: str
+
+    @property
+    def facts_id(self) -> str:
+        """Of what is known of its heads: what was measured rests on it."""
+        facts = [{name: str(value) for name, value in row.items()} for row in self.heads]
+        return digest([facts, self.best_head])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,7 +273,7 @@ class Geometry:
             start = time.perf_counter()
             trial._sample(self.request.tokens[0], layer, heads, self.steps[-1:])
             took = min(took, time.perf_counter() - start)
-        return took / (len(heads) * 5 * llc.chains * (llc.burn_in + llc.draws))
+        return took / (len(heads) * llc.looks)
 
     def gradients(self) -> pd.DataFrame:
         """Mean loss, and the norm of its gradient by each head's weights, in float64 at all steps that are kept."""
@@ -299,8 +313,8 @@ class Geometry:
 
         still = [head for head in heads if not any(bool(moved(head, name).any()) for name in HEAD)]
         reason = "the head's weights are the same at both ends of its line"
-        refused = {"profile": refuse(PROFILE, reason), "line coefficient": refuse(LINE, reason)}
-        found = dict.fromkeys(still, refused)
+        nothing = {"profile": refused(PROFILE, reason), "line coefficient": refused(LINE, reason)}
+        found = dict.fromkeys(still, nothing)
         going = [head for head in heads if head not in still]
         if not going:
             return found
@@ -351,20 +365,18 @@ def llc_columns(llc: LLC, settings: LLCSettings) -> dict[str, Any]:
         "chains": settings.chains, "draws": settings.draws, "n": llc.n, "n_beta": llc.n_beta, "gamma": llc.gamma,
         "sigma": math.nan if llc.sigma is None else llc.sigma,
         **{column: llc.sensitivity.get(name, math.nan) for column, name in NEARBY.items()},
-        "converged": llc.converged, "reason": llc.reason,
+        "spread": llc.spread, "heating": llc.heating, "slope": llc.gradient,
+        "sound": llc.sound, "converged": llc.converged, "reason": llc.reason,
     }  # fmt: skip
-
-
-def refuse(assumption: str, reason: str) -> Degree:
-    """No estimate."""
-    return Degree(k=math.nan, low=math.nan, high=math.nan, assumption=assumption, refusal=reason)
 
 
 def from_gradient(own: pd.DataFrame, onset: float) -> Degree:
     """From the steps since the head's onset, or from all where these are few; `own`: its rows of the gradients."""
     late = own[own["step"] >= onset]
-    chosen = late if len(late) >= LEAST else own
-    return degree_from_gradient(chosen["loss"], chosen["gradient"])
+    if len(late) >= LEAST:
+        return degree_from_gradient(late["loss"], late["gradient"])
+    found = degree_from_gradient(own["loss"], own["gradient"])
+    return replace(found, assumption=f"{found.assumption}; at all steps, as under {LEAST} are kept since the onset")
 
 
 def from_profiles(line: LineTarget) -> list[Degree]:
@@ -373,19 +385,24 @@ def from_profiles(line: LineTarget) -> list[Degree]:
     side = np.geomspace(NEAREST * length.min(), length.max(), POINTS)
     t = np.concatenate([-side[::-1], [0.0], side])
     found = []
-    for losses, reach in zip(to_numpy(line.profile(torch.from_numpy(t).to(line.length))), length, strict=True):
+    means, errors = (to_numpy(values) for values in line.profile(torch.from_numpy(t).to(line.length)))
+    for losses, error, reach in zip(means, errors, length, strict=True):
         near = (t == 0.0) | ((np.abs(t) >= NEAREST * reach) & (np.abs(t) <= reach * (1 + 1e-9)))
-        found.append(degree_from_profile(t[near], losses[near], floor=ROUNDING * abs(losses[POINTS])))
+        floor = FLOOR * error[near] + ROUNDING * abs(losses[POINTS])
+        found.append(degree_from_profile(t[near], losses[near], floor=floor))
     return found
 
 
 def from_line(llc: LLC) -> Degree:
-    """k = 1 / llc of a one-dimensional coefficient in (0, 1/2]; refused where it is not converged."""
+    """k = 1 / llc of a one-dimensional coefficient, which no k puts above 1/2; refused where it is not converged, its
+    interval over chains is unknown, or lies above 1/2."""
     if not llc.converged:
-        return refuse(LINE, f"not converged: {llc.reason}")
-    if not 0.0 < llc.mean <= 0.5:
-        return refuse(LINE, f"coefficient {llc.mean:.3g} is outside (0, 1/2]")
+        return refused(LINE, f"not converged: {llc.reason}")
     _, low, high = mean_interval(llc.per_chain.tolist())
+    if not (llc.mean > 0.0 and math.isfinite(high)):
+        return refused(LINE, f"coefficient {llc.mean:.3g} has no interval over {counted(len(llc.per_chain), 'chain')}")
+    if low > 0.5:
+        return refused(LINE, f"coefficient {llc.mean:.3g} (from {low:.3g}) is above 1/2")
     return Degree(k=1 / llc.mean, low=1 / high, high=1 / low if low > 0 else math.inf, assumption=LINE, refusal="")
 
 

@@ -13,25 +13,27 @@ import numpy as np
 import pandas as pd
 
 from cluster.analysis import Analysis, DenseCurve, along_steps, dense
-from cluster.findings import DASH, Table, number_text, plural
-from cluster.geometry import METHODS
+from cluster.findings import DASH, Table, interval, number_text, plural
+from cluster.geometry import METHODS, NEARBY
 from cluster.geometry_figures import GROUPS, PHASES, HeadPlot, PhaseMean, draw_heads, draw_phases
 from cluster.intervals import CONFIDENCE, mean_interval
 from cluster.laws import FIGURE
 from cluster.page import Section, take_picture
 from cluster.sweep import Sweep
 from probes.attention import lift
+from probes.llc import DEPENDS, TOLERANCE
 
 EMERGED, NEVER = 6, 3  # heads drawn, at most
 WIDTHS = 6  # drawn, at most
 GEOMETRY_PANELS = 2 * (EMERGED + NEVER) + WIDTHS
-REASONS = 3  # named, of why estimates do not converge
+REASONS = 3  # named, of why estimates are not sound
+THREE = ".3g"  # figures
 ROSE = ("emerged", "growing", "transient")
 HEAD = ["member_id", "layer", "head"]
 Interval = tuple[float, float, float]
 
 
-def at_rest(llc: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+def not_falling(llc: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The rows of those members and steps at which the median over heads is not below 0, and a line on the others.
 
     An estimate below 0 says that lower losses lie near by: early in training there is no minimum to speak of, and how
@@ -92,12 +94,6 @@ def paired(phases: pd.DataFrame, width: float, columns: str, first: Any, second:
     return mean_interval((wide[first] - wide[second]).dropna().tolist())
 
 
-def interval(values: Sequence[float], form: str = ".3g") -> str:
-    """`12.1 (10.9 to 13.3)`, without brackets where there is no interval."""
-    middle, low, high = (number_text(value, form) for value in values)
-    return middle if DASH in (low, high) else f"{middle} ({low} to {high})"
-
-
 def settings_text(llc: pd.DataFrame) -> str:
     """What estimates rest on."""
 
@@ -123,7 +119,7 @@ def phase_lines(phases: pd.DataFrame) -> list[str]:
         parts = []
         for phase in PHASES:
             both = [means.get((width, group, phase)) for group in GROUPS]
-            told = [f"{group} {interval(each[3:6])}" for group, each in zip(GROUPS, both, strict=True) if each]
+            told = [f"{group} {interval(each[3:6], THREE)}" for group, each in zip(GROUPS, both, strict=True) if each]
             parts += [f"{phase} emergence: {', '.join(told)}"] if told else []
         difference = paired(phases, width, "group", *GROUPS, phase=PHASES[2])
         change = paired(phases, width, "phase", PHASES[2], PHASES[0], group=GROUPS[0])
@@ -132,7 +128,8 @@ def phase_lines(phases: pd.DataFrame) -> list[str]:
         members = phases.loc[phases["width"] == width, "member_id"].nunique()
         lines.append(
             f"Width {width:g}, {plural(members, 'member')}: {'; '.join(parts)}. Within members, emerged less never "
-            f"after emergence: {interval(difference)}; emerged heads, after less before: {interval(change)}."
+            f"after emergence: {interval(difference, THREE)}; emerged heads, after less before: "
+            f"{interval(change, THREE)}."
         )
     return [
         sentence(apart, "After emergence, heads that emerged have {} coefficients {} heads of the same member that "
@@ -158,14 +155,22 @@ def sentence(found: Sequence[Interval], claim: str, question: str) -> str:
 
 
 def convergence_line(llc: pd.DataFrame) -> str:
-    """How many estimates are converged, and why the others are not."""
-    held = int(llc["converged"].sum())
-    text = f"{held:,} of {plural(len(llc), 'estimate')} ({settings_text(llc)}) are converged"
-    kinds = commonest(llc.loc[~llc["converged"] & (llc["reason"] != ""), "reason"].str.split("; ").explode())
-    if not kinds:
-        return text + "."
-    named = "; ".join(f"{reason} ({count:,})" for reason, count in kinds[:REASONS])
-    return f"{text}. Of the others: {named}" + (", and other reasons." if len(kinds) > REASONS else ".")
+    """How many estimates are sound and why the others are not, and how many hardly depend on n_beta and gamma."""
+    held, sound = int(llc["converged"].sum()), int(llc["sound"].sum())
+    text = f"{sound:,} of {plural(len(llc), 'estimate')} ({settings_text(llc)}) are sound at these settings"
+    kinds = commonest(llc.loc[~llc["sound"], "reason"].str.split("; ").explode())
+    kinds = [(reason, count) for reason, count in kinds if not reason.startswith(DEPENDS)]
+    if kinds:
+        named = "; ".join(f"{reason} ({count:,})" for reason, count in kinds[:REASONS])
+        text += f" (of the others: {named}" + (", and other reasons)" if len(kinds) > REASONS else ")")
+    moved = llc.loc[llc["sound"], list(NEARBY)].div(llc.loc[llc["sound"], "llc"], axis=0)
+    if not moved.notna().any(axis=None):
+        return f"{text}; how far they depend on n_beta and gamma was not looked at."
+    told = ", ".join(f"{moved[column].median() - 1:+.0%} at {name}" for column, name in NEARBY.items())
+    return (
+        f"{text}; {held:,} of these are converged: they also change by less than {TOLERANCE:.0%} at n_beta and gamma x "
+        f"1/3 and x 3 (median changes: {told})."
+    )
 
 
 def commonest(reasons: pd.Series[str]) -> list[tuple[str, int]]:
@@ -264,12 +269,12 @@ class GeometrySection:
             f"{settings_text(llc)}.",
         )
         for tokens, own in llc.groupby("tokens"):
-            resting, left_out = at_rest(own)
+            resting, left_out = not_falling(own)
             phases = by_phase(resting, self.judged)
             start = "" if llc["tokens"].nunique() == 1 else f"Loss over {tokens} tokens: "
             section.lines += [start + line for line in [convergence_line(own), left_out, *phase_lines(phases)] if line]
         section.lines += agreement_lines(degrees)
-        first, _ = at_rest(llc[llc["tokens"] == llc["tokens"].min()])
+        first, _ = not_falling(llc[llc["tokens"] == llc["tokens"].min()])
         self._draw_heads(section, first)
         self._draw_phases(section, first)
         return [section]
@@ -287,7 +292,7 @@ class GeometrySection:
             caption = (
                 f"Width {llc['width'].max():g}. Above: lift over training, smoothed. Below: the refined coefficient of "
                 f"the same head ({settings_text(llc)}), mean and {CONFIDENCE:.0%} interval over chains; hollow where "
-                f"it is not converged. Grey: from t10 to t90. {plural(rose, 'head')} that emerged, of highest peak "
+                f"it is not sound. Grey: from t10 to t90. {plural(rose, 'head')} that emerged, of highest peak "
                 f"lift, and {len(rows) - rose} that never did."
             )
             alt = "Lift and refined learning coefficient of heads against step"
@@ -302,7 +307,7 @@ class GeometrySection:
             lift=along_steps(lift(curve.values["score"][at], curve.values["null_uniform"][at])),
             at=own["step"].to_numpy(),
             llc=own[["llc", "low", "high"]].to_numpy(float).T,
-            converged=own["converged"].to_numpy(bool),
+            sound=own["sound"].to_numpy(bool),
             span=(float(row["t10"]), float(row["t90"])),
         )
 

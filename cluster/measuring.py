@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import operator
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,12 +53,13 @@ class Display(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What `measure_geometry` ended with: members measured in this call and in all, causes of failure by member."""
+    """What `measure_geometry` ended with: members measured in this call and in all; name and cause of those that
+    failed, by run."""
 
     report: Path
     now: int
     total: int
-    failed: Mapping[str, str]
+    failed: Mapping[str, tuple[str, str]]
     seconds: float
 
 
@@ -78,12 +79,12 @@ def measure_geometry(
     for subject in subjects:
         request.heads_of(subject.config)
         request.examples_of(subject.config)
+        request.steps_of(subject.config.weight_steps)
     tag = tag_of(request)
-    tagged = {run.info.run_id for run in counted.values() if tag in run.data.tags}
-    todo = [each for each in subjects if each.run_id not in tagged or desk.settings.redo]
+    tagged = {run.info.run_id: run.data.tags[tag] for run in counted.values() if tag in run.data.tags}
+    todo = [each for each in subjects if tagged.get(each.run_id) != each.facts_id or desk.settings.redo]
     failed = measure_members(desk, place, request, todo, display) if todo else {}
-    lost = {each.run_id for each in todo if each.name in failed}
-    have = (tagged | {each.run_id for each in todo}) - lost
+    have = (tagged.keys() | {each.run_id for each in todo}) - failed.keys()
     keys = {run.info.run_id: member_keys(run, sweep) for run in counted.values() if run.info.run_id in have}
     if keys:
         display.stage("gathering tables, writing the report")
@@ -153,10 +154,11 @@ def load_config(client: MlflowClient, run_id: str) -> MemberConfig:
 
 def measure_members(
     desk: Desk, place: Place, request: Request, todo: Sequence[Subject], display: Display
-) -> dict[str, str]:
-    """Measure on the cluster, what costs most first; causes of failure by member."""
+) -> dict[str, tuple[str, str]]:
+    """Measure on the cluster, what costs most first; name and cause of those that failed, by run."""
     todo = sorted(todo, key=lambda each: -each.config.model.width)
-    steps = request.steps_of(Kept.fetch(desk.client, todo[0].run_id).weights)
+    steps = [len(request.steps_of(each.config.weight_steps)) for each in todo]
+    heads = [len(request.heads_of(each.config)) for each in todo]
     for each in todo if desk.settings.redo else ():
         with suppress(MlflowException):  # it has none
             desk.client.delete_tag(each.run_id, tag_of(request))
@@ -167,13 +169,13 @@ def measure_members(
         display.stage("making the pool of examples, and one short trial")
         pools = make_pools(each.config for each in todo)
         look = time_first(place, todo[0], request, pools, resources)
-        heads = sum(len(request.heads_of(each.config)) for each in todo)
-        seconds = look * request.looks(heads, len(steps)) / min(slots(resources), len(todo))
-        estimates = heads * len(steps) * len(request.tokens)
-        display.measures(request, todo, steps, estimates, seconds)
+        looks = sum(map(request.looks, heads, steps))
+        seconds = look * looks / min(slots(resources), len(todo))
+        estimates = len(request.tokens) * sum(map(operator.mul, heads, steps))
+        display.measures(request, todo, request.steps_of(todo[0].config.weight_steps), estimates, seconds)
         for done, (subject, cause) in enumerate(spread(place, todo, request, pools, resources), start=1):
             if cause:
-                failed[subject.name] = cause
+                failed[subject.run_id] = (subject.name, cause)
             display.measured(done, len(todo), subject.name, cause)
     return failed
 
@@ -193,33 +195,37 @@ def time_member(place: Place, subject: Subject, request: Request, pools: Mapping
 
 
 def measure_member(place: Place, subject: Subject, request: Request, pools: Mapping[str, Any]) -> None:
-    """A Ray task: one member's tables and curve to its run; the tag that says so comes last."""
-    geometry = set_up(place, subject, request, pools)
-    llc, gradients = geometry.coefficients(), geometry.gradients()
+    """A Ray task: one member's tables and curve to its run; the tag that says on what analysis they rest comes last.
+
+    Coefficients that are there already stand: of another analysis, only degrees and the curve are other ones.
+    """
+    geometry, client = set_up(place, subject, request, pools), MlflowClient(tracking_uri=place.uri)
+    measured = tag_of(request) in client.get_run(subject.run_id).data.tags
+    llc = fetch_table(client, subject.run_id, "llc", request) if measured else geometry.coefficients()
+    gradients = geometry.gradients()
     tables = {"llc": llc, "geometry": gradients, "degrees": geometry.degrees(gradients)}
-    client, checksum = MlflowClient(tracking_uri=place.uri), hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         for name, table in tables.items():
             content = to_parquet({str(column): table[column].to_numpy() for column in table})
             (Path(folder) / f"{name}-{request.id}.parquet").write_bytes(content)
-            checksum.update(content)
         client.log_artifacts(subject.run_id, folder)
-    client.log_batch(subject.run_id, metrics=curve(llc, geometry.kept.figures, subject.best_head))
-    client.set_tag(subject.run_id, tag_of(request), checksum.hexdigest()[:16])
+    points = curve(llc, geometry.kept.figures, subject.best_head, f"{CURVE}.{request.id}")
+    client.log_batch(subject.run_id, metrics=points)
+    client.set_tag(subject.run_id, tag_of(request), subject.facts_id)
 
 
-def curve(llc: pd.DataFrame, figures: pd.DataFrame, best_head: str) -> list[Metric]:
+def curve(llc: pd.DataFrame, figures: pd.DataFrame, best_head: str, name: str) -> list[Metric]:
     """The coefficient of the best detector by step, at the times when the member was there: a repeat is the same."""
     own = llc[(llc["layer"].astype(str) + "." + llc["head"].astype(str) == best_head) & np.isfinite(llc["llc"])]
     own = own[own["tokens"] == own["tokens"].min()].merge(figures[["step", "wall_time"]], on="step")
     return [
-        Metric(CURVE, float(row["llc"]), int(1000 * row["wall_time"]), int(row["step"]))
+        Metric(name, float(row["llc"]), int(1000 * row["wall_time"]), int(row["step"]))
         for row in own.to_dict("records")
     ]
 
 
 def tag_of(request: Request) -> str:
-    """On a member's run once its tables are up."""
+    """On a member's run once its tables are up; its value names the analysis that they rest on."""
     return f"llc.{request.id}"
 
 
@@ -255,17 +261,21 @@ def spread(
         yield waiting.pop(ready), cause
 
 
+def fetch_table(client: MlflowClient, run_id: str, name: str, request: Request) -> pd.DataFrame:
+    """One table of one member."""
+    with tempfile.TemporaryDirectory() as folder:
+        return pd.read_parquet(client.download_artifacts(run_id, f"{name}-{request.id}.parquet", folder))
+
+
 def fetch_tables(
     client: MlflowClient, keys: Mapping[str, Mapping[str, Any]], request: Request
 ) -> dict[str, pd.DataFrame]:
     """The tables of all members, the columns that name one (`keys`, by run) in front."""
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for run_id, own in keys.items():
-        with tempfile.TemporaryDirectory() as folder:
-            for name, found in parts.items():
-                path = client.download_artifacts(run_id, f"{name}-{request.id}.parquet", folder)
-                table = pd.read_parquet(path)
-                found.append(pd.concat([pd.DataFrame([own] * len(table), index=table.index), table], axis=1))
+        for name, found in parts.items():
+            table = fetch_table(client, run_id, name, request)
+            found.append(pd.concat([pd.DataFrame([own] * len(table), index=table.index), table], axis=1))
     tables = {name: pd.concat(found, ignore_index=True) for name, found in parts.items()}
     for table in tables.values():
         for name in next(iter(keys.values())):

@@ -68,12 +68,12 @@ def degree_from_score(fit: Relaxation) -> Degree:
 def _from_exponent(fit: Relaxation, assumption: str, degree: Callable[[float], float]) -> Degree:
     """A falling function of the exponent."""
     if fit.preferred in {"exponential", "logistic"}:
-        return _refused(assumption, f"the approach is {fit.preferred}, as for k = 2")
+        return refused(assumption, f"the approach is {fit.preferred}, as for k = 2")
     if fit.refusal:
-        return _refused(assumption, fit.refusal)
+        return refused(assumption, fit.refusal)
     k = degree(fit.exponent)
     if not np.isfinite(k):
-        return _refused(assumption, f"exponent {fit.exponent:.3g} is that of no degree")
+        return refused(assumption, f"exponent {fit.exponent:.3g} is that of no degree")
     return Degree(
         k=k, low=degree(fit.high) if fit.high < np.inf else 2.0, high=degree(fit.low), assumption=assumption, refusal=""
     )
@@ -125,20 +125,20 @@ def degree_from_gradient(
     """
     losses, gradients = _pair("loss", loss, "gradient", gradient, confidence)
     if not (np.isfinite(losses).all() and np.isfinite(gradients).all() and (gradients > 0.0).all()):
-        return _refused(GRADIENT, "loss or gradient is not finite, or a gradient is 0")
+        return refused(GRADIENT, "loss or gradient is not finite, or a gradient is 0")
     above = ""
     if end is not None:
         keep, above = losses > end, " above the end"
         losses, gradients = losses[keep], gradients[keep]
     if losses.size < MIN_POINTS:
-        return _refused(GRADIENT, f"{counted(losses.size, 'point')}{above}, under {MIN_POINTS}")
+        return refused(GRADIENT, f"{counted(losses.size, 'point')}{above}, under {MIN_POINTS}")
     if np.ptp(losses) == 0.0:
-        return _refused(GRADIENT, f"the loss is constant{above}")
+        return refused(GRADIENT, f"the loss is constant{above}")
     ends = _ends(losses, gradients, confidence) if end is None else np.array([end], dtype=np.float64)
     x, y = np.log(losses - ends[:, None]), np.log(gradients)
     best, bounds = _profiled_slope(x, y, confidence)
     if ends.size > 1 and best in {0, ends.size - 1}:
-        return _refused(
+        return refused(
             GRADIENT, f"end of the loss is at the {'upper' if best == 0 else 'lower'} edge of what was searched"
         )
     slope, low, high = bounds
@@ -146,7 +146,7 @@ def degree_from_gradient(
     if not reason and not 0.0 < slope < 1.0:
         reason = f"slope {slope:.3g} is outside (0, 1)"
     if reason:
-        return _refused(GRADIENT, reason)
+        return refused(GRADIENT, reason)
     k_high = 1.0 / (1.0 - high) if high < 1.0 else np.inf
     return Degree(k=1.0 / (1.0 - slope), low=1.0 / (1.0 - max(low, 0.0)), high=k_high, assumption=GRADIENT, refusal="")
 
@@ -193,34 +193,38 @@ def _line_sums(x: Array, y: Array, rho: float) -> tuple[Array, Array, Array]:
     return np.square(response - slope[:, None] * regressor).sum(axis=1), size, slope
 
 
-def degree_from_profile(x: ArrayLike, loss: ArrayLike, *, floor: float = 0.0, confidence: float = 0.9) -> Degree:
+def degree_from_profile(x: ArrayLike, loss: ArrayLike, *, floor: ArrayLike = 0.0, confidence: float = 0.9) -> Degree:
     """Slope of log (L(x) - L(0)) against log |x| along a line in weight space, on fixed data.
 
     `x [P]` holds 0 (the end point) once, `loss [P]` the loss there; both signs of x are allowed, each with its own
-    amplitude. Points with L(x) - L(0) <= `floor` (rounding, say) are left out. Deviations are AR(1) along the line.
+    amplitude. Points with L(x) - L(0) <= `floor` (one number or `[P]`: rounding, or twice the standard error of the
+    difference) are left out. Deviations are AR(1) along the line.
     Refused for values that are not finite, for under 8 points or under a decade of |x| above the floor, where some L(x)
     is below L(0) - floor, and for a bent line: then no single degree holds over these |x|.
     """
     places, losses = _pair("x", x, "loss", loss, confidence)
     if not np.isfinite(places).all() or (places == 0.0).sum() != 1:
         raise ValueError(f"x holds 0 {int((places == 0.0).sum())} times; allowed: finite numbers, 0 once")
-    if floor < 0.0:
-        raise ValueError(f"floor is {floor:g}; allowed: 0 or more")
+    floors = np.asarray(floor, dtype=np.float64)
+    if floors.shape not in {(), places.shape}:
+        raise ValueError(f"floor has shape {floors.shape}; allowed: a number, or {places.shape}, as x has")
+    if not (floors >= 0.0).all():
+        raise ValueError(f"floor is {floors.min():g}; allowed: 0 or more")
     if not np.isfinite(losses).all():
-        return _refused(PROFILE, "loss is not finite")
+        return refused(PROFILE, "loss is not finite")
     gap = losses - losses[places == 0.0]
-    if gap.min() < -floor:
-        return _refused(PROFILE, "the loss is not least at x = 0")
-    keep = (gap > floor) & (places != 0.0)
+    if (gap < -floors).any():
+        return refused(PROFILE, "the loss is not least at x = 0")
+    keep = (gap > floors) & (places != 0.0)
     order = np.lexsort((np.abs(places[keep]), places[keep] > 0.0))
     places, gap = places[keep][order], gap[keep][order]
     if places.size < MIN_POINTS:
-        return _refused(PROFILE, f"{counted(places.size, 'point')} above the floor, under {MIN_POINTS}")
+        return refused(PROFILE, f"{counted(places.size, 'point')} above the floor, under {MIN_POINTS}")
     distance, rise = np.log(np.abs(places)), np.log(gap)
     for sign in np.unique(np.sign(places)):
         reason = _weakness(distance[np.sign(places) == sign], rise[np.sign(places) == sign], "|x|", lambda k: k)
         if reason:
-            return _refused(PROFILE, reason)
+            return refused(PROFILE, reason)
     sides = [np.where(np.sign(places) == sign, 1.0, 0.0) for sign in np.unique(np.sign(places))]
     columns = np.stack([*sides, distance, rise])[None]
     _, (k, *_), (error, *_), (reach, *_) = gls(columns, np.array([float(rise.size)]), confidence, np.array([TINY]))
@@ -263,6 +267,7 @@ def _pair(name: str, a: ArrayLike, other: str, b: ArrayLike, confidence: float) 
     return first, second
 
 
-def _refused(assumption: str, reason: str) -> Degree:
+def refused(assumption: str, reason: str) -> Degree:
+    """No estimate."""
     nan = float("nan")
     return Degree(k=nan, low=nan, high=nan, assumption=assumption, refusal=reason)

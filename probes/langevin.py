@@ -51,6 +51,9 @@ class Target(Protocol):
     def at(self, place: Tensor) -> Placed:
         """For chains at points `place [C]`."""
 
+    def gradient(self) -> Weights:
+        """Gradient of the mean loss over all data at the points: `[P, ...]` each."""
+
 
 class Streams:
     """Random numbers of C chains; a chain's depend on its seed and on what is asked for, not on the others."""
@@ -108,11 +111,19 @@ class Levels:
 class Chains:
     """trace `[C, draws]`: n_beta (L(w) - L(w*)), each on one minibatch that w has not seen, NaN for a chain that was
     lost. acceptance `[C]`: mean probability with which a Metropolis step would accept the move (MALA, on the minibatch
-    of the move), NaN where never looked at. diverged `[C]`."""
+    of the move), NaN where never looked at. diverged `[C]`.
+
+    spread `[C]`: mean over draws of (w - w*) . grad U / d, the gradient on a minibatch that w has not seen, d how many
+    weights move. It is 1 for any density exp(-U) once a chain has reached it (the virial theorem): less while
+    soft directions still widen, more where steps or minibatches heat.
+    heating `[C]`: eps n_beta^2 / 4 tr(C M C M) / tr(C M) with C the covariance of a minibatch's gradient: the share by
+    which its noise raises the temperature of the directions it lies in; NaN where fewer than two looks were made."""
 
     trace: Tensor
     acceptance: Tensor
     diverged: Tensor
+    spread: Tensor
+    heating: Tensor
 
 
 class _Flat:
@@ -157,7 +168,8 @@ def run_chains(
     schedule: Schedule,
     where: Weights | None = None,
 ) -> Chains:
-    """C chains, one at each of the points `place [C]`; a chain's numbers depend on its point, seed and levels alone.
+    """C chains, one at each of the points `place [C]`; a chain's numbers depend on its point, seed and levels alone,
+    spread and heating but for rounding.
 
     where: bool by name, shaped as a point's tensors: the weights that move, all others stay. A chain whose loss is not
     finite, or n_beta (L - L*) above 1e6, is lost: it goes back to its point and stays.
@@ -168,7 +180,8 @@ def run_chains(
     total = schedule.burn_in + schedule.draws
     trace = flat.values.new_empty(len(place), total)
     lost = torch.zeros(len(place), 1, dtype=torch.bool, device=flat.values.device)
-    accepted, looks = flat.values.new_zeros(len(place)), 0
+    accepted, looks, virial = flat.values.new_zeros(len(place)), 0, flat.values.new_zeros(len(place))
+    seen, warmth = None, _Heating()
     metric, square = torch.ones_like(flat.values[:, :1]), torch.zeros_like(flat.values)
 
     def force(gradient: Tensor) -> Tensor:
@@ -185,7 +198,12 @@ def run_chains(
         if schedule.sampler == "rmsprop" and draw < schedule.burn_in // 2:
             square.mul_(FORGET).addcmul_(gradient, gradient, value=1.0 - FORGET)
             metric = _metric(square, flat.where)
+        if seen is not None:  # two minibatches at the same w
+            warmth.add(gradient - seen, metric)
+            seen = None
         pull, noise = force(gradient), flat.free(streams.normal(flat.values.shape[1], flat.values.dtype))
+        if draw >= schedule.burn_in:
+            virial += ((flat.values - flat.centre) * pull).sum(1)
         before, old = flat.values.clone(), energy(loss)
         move = (eps * metric).sqrt() * noise - 0.5 * eps * metric * pull
         flat.values.copy_(torch.where(lost, flat.centre, flat.values + move))
@@ -196,9 +214,41 @@ def run_chains(
             log_ratio = old - energy(loss) + 0.5 * (noise.square() - back.square() / (eps * metric)).sum(1)
             accepted += log_ratio.nan_to_num(nan=-math.inf).clamp_max(0.0).exp()  # to where the loss is no number
             looks += 1
+            seen = gradient if schedule.check_every > 1 or looks % 2 else None  # no minibatch twice
     trace = trace[:, schedule.burn_in :].masked_fill(lost, math.nan)
     acceptance = accepted / looks if looks else torch.full_like(accepted, math.nan)
-    return Chains(trace=trace, acceptance=acceptance.masked_fill(lost[:, 0], math.nan), diverged=lost[:, 0])
+    moving = flat.values.shape[1] if flat.where is None else max(float(flat.where.sum()), 1.0)
+    figures = {
+        "acceptance": acceptance,
+        "spread": virial / (schedule.draws * moving),
+        "heating": 0.25 * eps[:, 0] * n_beta[:, 0].square() * warmth.variance(len(place), eps),
+    }
+    gone = lost[:, 0]
+    return Chains(trace=trace, diverged=gone, **{k: value.masked_fill(gone, math.nan) for k, value in figures.items()})
+
+
+class _Heating:
+    """tr(C M C M) / tr(C M) of a minibatch's gradient, from differences between two of them at the same place."""
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+        self._size: list[Tensor] = []
+        self._overlap: list[Tensor] = []
+
+    def add(self, difference: Tensor, metric: Tensor) -> None:
+        """`difference [C, size]` has covariance 2 C, and is independent of the last one."""
+        own = difference * metric.sqrt()
+        self._size.append(own.square().sum(1))
+        if self._last is not None:
+            self._overlap.append((own * self._last).sum(1).square())
+        self._last = own
+
+    def variance(self, chains: int, like: Tensor) -> Tensor:
+        """`[C]`; 0 where gradients do not differ, NaN where too few were seen."""
+        if not self._overlap:
+            return like.new_full((chains,), math.nan)
+        size, overlap = (torch.stack(values).mean(0) for values in (self._size, self._overlap))
+        return 0.5 * overlap / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
 def _metric(square: Tensor, where: Tensor | None) -> Tensor:

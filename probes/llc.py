@@ -31,11 +31,16 @@ Array = NDArray[np.float64]
 Loss = Callable[[Weights, Any], Tensor]
 
 TOLERANCE = 0.2
-"""Of an estimate: by how much its halves, and its values at other n_beta and gamma, may differ from it."""
+"""Of an estimate: by how much its halves, and its values at other n_beta and gamma, may differ from it; by how much
+minibatches may heat it, and a gradient at the point lower it."""
+
+SURE = 3.0
+"""Standard errors over chains by which their spread must miss 1 to count as a fault."""
 
 LEAST_ACCEPTANCE = 0.9
 """Of a Metropolis step: less, and the steps distort the density."""
 
+DEPENDS = "depends on the settings: "
 NAN = float("nan")
 
 
@@ -47,20 +52,20 @@ class LLCSettings:
     """Inverse temperature: what L counts, in examples."""
     gamma: float = 300.0
     """Strength of the pull back to the point (per squared weight)."""
-    step_size: float = 1e-4
+    step_size: float = 3e-4
     """Variance eps of a step (squared weight)."""
     chains: int = 4
     """Chains of each estimate."""
-    draws: int = 200
+    draws: int = 100
     """Draws of a chain that count."""
-    burn_in: int = 100
+    burn_in: int = 50
     """Draws of a chain before these."""
     sampler: Sampler = "sgld"
     """sgld, or rmsprop: steps by direction, from the gradients of the first half of the burn-in."""
     sigma: float | None = None
     """The loss is a squared error, L = loss / (2 sigma^2); None: it is a negative log-likelihood already."""
     sensitivity: bool = True
-    """Whether to estimate at n_beta and gamma x 1/3 and x 3 too: five times the work."""
+    """Whether to estimate at n_beta and gamma x 1/3 and x 3 too, by half the chains: four times the work."""
     check_every: int = 10
     """Draws between looks at the acceptance, each at the cost of a draw; 0 for none."""
     seed: int = 0
@@ -78,6 +83,27 @@ class LLCSettings:
         sound = self.sigma is None or 0.0 < self.sigma < math.inf
         _require("sigma", self.sigma, sound, "None or a finite number above 0")
         _require("check_every", self.check_every, self.check_every >= 0, "0 or more")
+
+    @property
+    def looks(self) -> int:
+        """Gradients of a chain's loss that one estimate takes."""
+        checks = -(-self.draws // self.check_every) if self.check_every else 0
+        every = [self, *(self.variants().values() if self.sensitivity else ())]
+        return sum(each.chains * (each.burn_in + each.draws + checks) for each in every)
+
+    def variants(self) -> dict[str, LLCSettings]:
+        """At n_beta and gamma x 1/3 and x 3, by half the chains; steps shrink where these grow, so that stiff
+        directions bear them. Soft ones relax at a rate of eps gamma / 2 a draw: where that falls, the burn-in grows."""
+
+        def changed(a: float, b: float) -> LLCSettings:
+            slower = max(a, b, 1.0)
+            return replace(
+                self, n_beta=self.n_beta * a, gamma=self.gamma * b, step_size=self.step_size / slower,
+                burn_in=math.ceil(self.burn_in * slower / b), chains=max(1, self.chains // 2),
+            )  # fmt: skip
+
+        factors = {"n_beta / 3": (1 / 3, 1), "n_beta x 3": (3, 1), "gamma / 3": (1, 1 / 3), "gamma x 3": (1, 3)}
+        return {name: changed(*pair) for name, pair in factors.items()}
 
     @property
     def scale(self) -> float:
@@ -102,6 +128,10 @@ class LLC:
     trace: Array  # [chains, draws]: n_beta (L(w) - L(w*)) after burn-in
     acceptance: float  # mean over looks and chains; nan if never looked at
     diverged: int  # chains
+    spread: float  # (w - w*) . grad U / d, mean over chains: 1 once they have reached their density
+    spread_error: float  # of that, from the scatter of chains
+    heating: float  # by minibatches, as a share of the temperature in the directions of their noise
+    gradient: float  # n_beta^2 |grad L(w*)|^2 / gamma: what it lowers the estimate by, at most
     n: int | None  # examples in the data, if told
     n_beta: float
     gamma: float
@@ -113,12 +143,19 @@ class LLC:
     @property
     def reason(self) -> str:
         """Why it is not converged, all that is wrong; empty if it is."""
-        return "; ".join(self._faults())
+        return "; ".join([*self._faults(), *self._dependence()])
+
+    @property
+    def sound(self) -> bool:
+        """It is what its definition says at its own n_beta and gamma, about a point with hardly a slope: no chain
+        diverged, steps would be accepted at 90%, both halves of the trace agree within 20%, chains have the spread of
+        their density, and neither minibatches nor the gradient at the point change the mean, which is above 0, by more
+        than 20%."""
+        return not any(self._faults())
 
     @property
     def converged(self) -> bool:
-        """No chain diverged, steps would be accepted at 90%, both halves of the trace and the values at n_beta and
-        gamma x 1/3 and x 3 lie within 20% of the mean, which is above 0."""
+        """It is sound, and its values at n_beta and gamma x 1/3 and x 3 lie within 20% of the mean too."""
         return not self.reason
 
     def _faults(self) -> Iterator[str]:
@@ -134,12 +171,23 @@ class LLC:
             yield f"acceptance {self.acceptance:.2f}, under {LEAST_ACCEPTANCE:g}"
         if not abs(drift := _drift(self.trace)) <= TOLERANCE:
             yield f"the trace drifts by {drift:+.0%} from its first half to its second"
+        apart = abs(self.spread - 1.0)
+        if apart > TOLERANCE and not apart <= SURE * self.spread_error:
+            yield f"chains have {self.spread:.2f} of the spread of their density"
+        if self.heating > TOLERANCE:
+            yield f"minibatches heat by {self.heating:.0%}"
+        if self.gradient > TOLERANCE * self.mean:
+            yield f"the gradient at the point lowers it by up to {self.gradient / self.mean:.0%}"
+
+    def _dependence(self) -> Iterator[str]:
+        if not self.mean > 0.0:
+            return
         if not self.sensitivity:
             yield "no look at other n_beta and gamma"
         far = {name: value / self.mean - 1.0 for name, value in self.sensitivity.items()}
         moved = [f"{gap:+.0%} at {name}" for name, gap in far.items() if not abs(gap) <= TOLERANCE]
         if moved:
-            yield "depends on the settings: " + ", ".join(moved)
+            yield DEPENDS + ", ".join(moved)
 
 
 def estimate_llc(
@@ -178,49 +226,50 @@ def estimate_llcs(
     """The coefficient at each of a target's P points, `seeds [P]` being of each point's own chains.
 
     At most `at_once` chains run together (those of one point always do): as many as fit a cache on a CPU, all that fit
-    the memory of a GPU. No number depends on it, nor on the other points.
+    the memory of a GPU. No number depends on it, nor on the other points. Values at other n_beta and gamma come from
+    half the chains; those that relax up to three times more slowly have three times the burn-in.
     """
-    nearby = {"n_beta / 3": (1 / 3, 1.0), "n_beta x 3": (3.0, 1.0), "gamma / 3": (1.0, 1 / 3), "gamma x 3": (1.0, 3.0)}
-    factors = {"": (1.0, 1.0)} | (nearby if settings.sensitivity else {})
-    variants = [_changed(settings, *pair) for pair in factors.values()]
+    others = settings.variants() if settings.sensitivity else {}
+    slopes = _square(target.gradient(), where) * settings.scale**2
+    values: dict[str, list[float]] = {}
+    for burn_in in sorted({each.burn_in for each in others.values()}):  # chains of one stack are of one length
+        own = {name: each for name, each in others.items() if each.burn_in == burn_in}
+        for chains in _by_point(target, seeds, list(own.values()), at_once, where):
+            for name, row in zip(own, chains.trace.mean(axis=(1, 2)), strict=True):  # nan if one was lost
+                values.setdefault(name, []).append(float(row))
     found = []
-    for chains in _by_point(target, seeds, variants, at_once, where):
-        trace, acceptance = chains.trace[0], chains.acceptance[0]
-        per_chain = chains.trace.mean(axis=2)
-        values = {name: float(row.mean()) for name, row in zip(factors, per_chain, strict=True)}  # nan if one was lost
-        values[""] = _mean(per_chain[0])
+    for index, chains in enumerate(_by_point(target, seeds, [settings], at_once, where)):
+        trace = chains.trace[0]
+        pull = settings.n_beta**2 * slopes[index]
         found.append(
             LLC(
-                mean=values.pop(""), sd=_sd(trace.mean(axis=1)), per_chain=trace.mean(axis=1), trace=trace,
-                acceptance=_mean(acceptance), diverged=int(np.isnan(trace).any(axis=1).sum()), n=n,
-                n_beta=settings.n_beta, gamma=settings.gamma, sigma=settings.sigma, sensitivity=values,
+                mean=_mean(trace.mean(axis=1)), sd=_sd(trace.mean(axis=1)), per_chain=trace.mean(axis=1), trace=trace,
+                acceptance=_mean(chains.acceptance[0]), diverged=int(np.isnan(trace).any(axis=1).sum()),
+                spread=_mean(chains.spread[0]), spread_error=_error(chains.spread[0]), heating=_mean(chains.heating[0]),
+                gradient=pull / settings.gamma if settings.gamma else math.inf if pull else 0.0, n=n,
+                n_beta=settings.n_beta, gamma=settings.gamma, sigma=settings.sigma,
+                sensitivity={name: values[name][index] for name in others},
             )
         )  # fmt: skip
     return found
-
-
-def _changed(settings: LLCSettings, a: float, b: float) -> LLCSettings:
-    """At other n_beta and gamma; where they grow, steps shrink with them, so that stiff directions bear them.
-
-    Soft directions, which relax at a rate of eps gamma / 2 a draw, then take up to three times as long.
-    """
-    eps = settings.step_size / max(a, b, 1.0)
-    return replace(settings, n_beta=settings.n_beta * a, gamma=settings.gamma * b, step_size=eps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Calibration:
     """A grid of step sizes and localisations, one entry a combination, and the one to use.
 
-    Among those where no chain diverged, acceptance is 90% or more, the trace is flat within 20% and the coefficient
-    above 0: the least gamma, and with it the largest step. `refusal`: why there is none.
+    Among those where no chain diverged, the mean trace is flat within 20%, the coefficient above 0, and at every point
+    acceptance is 90% or more, chains have the spread of their density and minibatches heat by no more than 20%: the
+    least gamma, and with it the largest step. `refusal`: why there is none.
     """
 
     step_size: Array  # [G]
     gamma: Array  # [G]
     llc: Array  # [G]: mean over points and chains
     sd: Array  # [G]: over chains, mean over points
-    acceptance: Array  # [G]
+    acceptance: Array  # [G]: the least of any point
+    spread: Array  # [G]: that of the point furthest from 1
+    heating: Array  # [G]: the most of any point
     drift: Array  # [G]: of the mean trace, from the first half to the second, as a share of the mean
     diverged: NDArray[np.intp]  # [G]: chains
     trace: Array  # [G, draws]: mean over points and chains
@@ -244,37 +293,49 @@ def calibrate(
     traces = np.stack([chains.trace for chains in found])  # [P, G, chains, draws]
     mean = _nanmean(traces, (0, 2))
     llc, drift = mean.mean(axis=1), np.array([_drift(row[None]) for row in mean])
-    acceptance = _nanmean(np.stack([chains.acceptance for chains in found]), (0, 2))
+    acceptance = _nanmean(np.stack([chains.acceptance for chains in found]), (2,)).min(axis=0)
+    heating = _nanmean(np.stack([chains.heating for chains in found]), (2,)).max(axis=0)
+    by_point = np.stack([chains.spread for chains in found])
+    spreads = _nanmean(by_point, (2,))
+    apart = np.abs(spreads - 1.0)
+    errors = np.array([[_error(row) for row in point] for point in by_point])
+    narrow = ((apart > TOLERANCE) & ~(apart <= SURE * errors)).any(axis=0)
+    spread = spreads[apart.argmax(axis=0), np.arange(len(variants))]
     diverged = np.isnan(traces).any(axis=3).sum(axis=(0, 2))
     sd = _nanmean(np.array([[_sd(row) for row in point.mean(axis=2)] for point in traces]), (0,))
-    sound = (diverged == 0) & (acceptance >= LEAST_ACCEPTANCE) & (np.abs(drift) <= TOLERANCE) & (llc > 0.0)
-    ranked = sorted(np.flatnonzero(sound), key=lambda i: (variants[i].gamma, -variants[i].step_size))
     lacks = {
         "a chain diverged": diverged > 0,
         f"acceptance under {LEAST_ACCEPTANCE:g}": ~(acceptance >= LEAST_ACCEPTANCE),
         "the trace is not flat": ~(np.abs(drift) <= TOLERANCE),
-        "lower losses lie near by": llc < 0.0,
+        "lower losses lie near by": ~(llc > 0.0),
+        "chains have not the spread of their density": narrow,
+        "minibatches heat": heating > TOLERANCE,
     }
+    sound = ~np.any(list(lacks.values()), axis=0)
+    ranked = sorted(np.flatnonzero(sound), key=lambda i: (variants[i].gamma, -variants[i].step_size))
     reasons = [f"{text} at {int(bad.sum())} of {bad.size}" for text, bad in lacks.items() if bad.any()]
     return Calibration(
         step_size=np.array([each.step_size for each in variants]), gamma=np.array([each.gamma for each in variants]),
-        llc=llc, sd=sd, acceptance=acceptance, drift=drift, diverged=diverged, trace=mean,
-        chosen=variants[ranked[0]] if ranked else None, refusal="" if ranked else "; ".join(reasons),
+        llc=llc, sd=sd, acceptance=acceptance, spread=spread, heating=heating, drift=drift, diverged=diverged,
+        trace=mean, chosen=variants[ranked[0]] if ranked else None, refusal="" if ranked else "; ".join(reasons),
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PointChains:
-    """Of one point: trace `[V, chains, draws]`, acceptance `[V, chains]`, V variants of the settings."""
+    """Of one point: trace `[V, chains, draws]`, all else `[V, chains]`, V variants of the settings."""
 
     trace: Array
     acceptance: Array
+    spread: Array
+    heating: Array
 
 
 def _by_point(
     target: Target, seeds: Sequence[int], variants: Sequence[LLCSettings], at_once: int, where: Weights | None
 ) -> Iterator[_PointChains]:
-    """All chains of each point. Variants share their random numbers, so that they differ by their settings only."""
+    """All chains of each point. Variants share their random numbers, so that they differ by their settings only; their
+    schedules and numbers of chains are those of the first."""
     points, settings = len(next(iter(target.centre.values()))), variants[0]
     _require("seeds", len(seeds), len(seeds) == points, f"{points}, one for each point")
     shape = (len(variants), settings.chains)
@@ -291,10 +352,10 @@ def _by_point(
 
         levels = Levels(n_beta=column("n_beta"), gamma=column("gamma"), step_size=column("step_size"))
         chains = run_chains(target, place.to(_device(target)), own, levels, settings.schedule, where)
-        trace, acceptance = (_cpu(value) for value in (chains.trace, chains.acceptance))
+        trace, *rest = (_cpu(x) for x in (chains.trace, chains.acceptance, chains.spread, chains.heating))
         for index in range(len(group)):
             part = slice(index * each, (index + 1) * each)
-            yield _PointChains(trace[part].reshape(*shape, -1), acceptance[part].reshape(shape))
+            yield _PointChains(trace[part].reshape(*shape, -1), *(values[part].reshape(shape) for values in rest))
 
 
 class _Plain:
@@ -304,10 +365,12 @@ class _Plain:
         self._loss, self._fixed = loss, {k: v.detach() for k, v in parameters.items() if k not in moving}
         self.centre: Weights = {name: value.detach()[None] for name, value in moving.items()}
         self._batches, self._count = _stacked(batches)
-        with torch.no_grad():
-            values = [loss({k: v.detach() for k, v in parameters.items()}, batch) for batch in batches]
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in moving.items()}
+        values = [loss({**self._fixed, **leaves}, batch) for batch in batches]
         _require("loss", tuple(values[0].shape), values[0].dim() == 0, "a scalar, shape ()")
-        self._base = torch.stack(values)
+        self._base, mean = torch.stack(values).detach(), torch.stack(values).mean()
+        found = torch.autograd.grad(mean, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        self._gradient = {name: value[None] for name, value in zip(leaves, found, strict=True)}
 
     def at(self, place: Tensor) -> _Plain:
         """One point serves all."""
@@ -326,6 +389,10 @@ class _Plain:
     def base(self, batch: Tensor) -> Tensor:
         """Computed once for each batch."""
         return self._base[batch]
+
+    def gradient(self) -> Weights:
+        """Of the mean over all batches."""
+        return self._gradient
 
 
 def _stacked(batches: Sequence[Any]) -> tuple[Any, int]:
@@ -378,6 +445,18 @@ def _drift(trace: Array) -> float:
     middle = mean.size // 2
     level = mean.mean()
     return float((mean[middle:].mean() - mean[:middle].mean()) / level) if level else NAN
+
+
+def _square(gradient: Weights, where: Weights | None) -> Array:
+    """Squared length over what moves: `[P]`."""
+    parts = [value if where is None else value * where[name].to(value) for name, value in gradient.items()]
+    return _cpu(torch.stack([part.double().flatten(1).square().sum(1) for part in parts]).sum(0))
+
+
+def _error(values: Array) -> float:
+    """Standard error of the mean over what is finite; inf of fewer than two."""
+    known = values[np.isfinite(values)]
+    return float(known.std(ddof=1) / math.sqrt(known.size)) if known.size > 1 else math.inf
 
 
 def _mean(values: Array) -> float:

@@ -174,6 +174,11 @@ class Planted:
         """One tensor, w."""
         return {"w": self.points}
 
+    def gradient(self) -> dict[str, Tensor]:
+        """At the points; rows have none in the mean."""
+        w = self.points.clone().requires_grad_()
+        return {"w": torch.autograd.grad((self.factor * self.value(w)).sum(), w)[0]}
+
     def at(self, place: Tensor) -> PlacedPlanted:
         """The loss of chains at `place [C]`."""
         return PlacedPlanted(target=self, place=place)

@@ -247,6 +247,52 @@ def test_the_centre_on_the_same_minibatch_takes_the_examples_own_level_away():
     assert float(bad.var()) > 100.0 * float(good.var())
 
 
+# Whether chains have reached their density
+
+
+@pytest.mark.parametrize("burn_in", [0, 30, 400])
+def test_spread_grows_to_1_as_directions_widen(burn_in):
+    """w <- (1 - eps k / 2) w + N(0, eps) has variance eps (1 - a^2t) / (1 - a^2) at draw t; one h is negative."""
+    h, n_beta, gamma, eps, draws = np.array([0.0, 2.0, -0.05]), 100.0, 10.0, 2e-3, 100
+    k = n_beta * h + gamma
+    a = 1.0 - 0.5 * eps * k
+    t = burn_in + np.arange(draws)[:, None]
+    exact = (k * eps * (1.0 - a ** (2 * t)) / (1.0 - a**2)).mean()
+    found = run(at_origin(quadratic(*h), 3), 0, n_beta, gamma, eps, range(2000), draws=draws, burn_in=burn_in).spread
+    assert float(found.mean()) == pytest.approx(exact, abs=4.0 * float(found.std()) / 2000**0.5)
+    assert exact < 0.75 if burn_in == 0 else exact > 0.99 if burn_in == 400 else 0.75 < exact < 0.99
+
+
+@pytest.mark.parametrize("sampler", ["sgld", "rmsprop"])
+def test_heating_is_that_of_the_minibatches(sampler):
+    """Of four directions two are noisy: their covariance is that of a row's slopes by the size of a minibatch, and the
+    loss along these rises by as much more as heating says."""
+    slopes, levels = rows(2000, 4, 2.0, 0.0)
+    slopes[:, 2:] = 0.0
+    n_beta, gamma, eps, h = 100.0, 100.0, 2e-4, 10.0
+    target = at_origin(quadratic(h, h, 0.0, 0.0), 4, rows=(slopes, levels), minibatch=4)
+    settings = {"draws": 1200, "burn_in": 300, "check_every": 6, "sampler": sampler}
+    found = run(target, 0, n_beta, gamma, eps, range(100), **settings)
+    cold = run(at_origin(quadratic(h, h, 0.0, 0.0), 4), 0, n_beta, gamma, eps, range(100), **settings)
+    assert torch.equal(cold.heating, torch.zeros_like(cold.heating))
+    heating, error = float(found.heating.mean()), float(found.heating.std()) / 10.0
+    if sampler == "sgld":
+        C = np.cov(slopes.numpy().T, bias=True) / 4
+        exact = 0.25 * eps * n_beta**2 * np.trace(C @ C) / np.trace(C)
+        assert heating == pytest.approx(exact, abs=4.0 * error)
+        assert 0.3 < exact < 1.0
+        assert float(found.trace.mean() / cold.trace.mean()) - 1.0 == pytest.approx(exact, rel=0.15)
+    assert heating > 0.05
+
+
+def test_heating_with_a_look_at_every_draw_counts_no_minibatch_twice():
+    target = at_origin(quadratic(1.0, 1.0), 2, rows=rows(500, 2, 1.0, 0.0), minibatch=2)
+    often, seldom = (
+        run(target, step_size=1e-4, seeds=range(64), draws=600, check_every=every).heating for every in (1, 4)
+    )
+    assert float(often.mean()) == pytest.approx(float(seldom.mean()), rel=0.15)
+
+
 # Independence, masks
 
 
@@ -261,6 +307,8 @@ def test_a_chain_is_the_same_in_any_company():
     for i in (0, 17, 63):
         alone = run(target, int(place[i]), seeds=[seeds[i]], **schedule)
         assert equal([value[i : i + 1] for value in fields(full)], fields(alone))
+        for name in ("spread", "heating"):
+            torch.testing.assert_close(getattr(full, name)[i : i + 1], getattr(alone, name))
 
 
 @pytest.mark.parametrize("sampler", ["sgld", "rmsprop"])

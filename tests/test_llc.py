@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from probes.llc import LLC, LLCSettings, calibrate, estimate_llc, estimate_llcs
+from probes.llc import DEPENDS, LLC, LLCSettings, calibrate, estimate_llc, estimate_llcs
 from sim.generator import Generator
 from tests.planted_losses import (
     REDUCED_RANK,
@@ -273,7 +273,7 @@ def test_more_chains_leave_the_first_ones_as_they_are():
 
 
 def test_sensitivity_is_the_value_at_other_settings():
-    value, settings = quadratic(1.0, 0.2), replace(QUICK, sensitivity=True, chains=512, burn_in=500, draws=500)
+    value, settings = quadratic(1.0, 0.2), replace(QUICK, sensitivity=True, chains=2048, burn_in=300, draws=500)
     found = one(at_origin(value, 2), settings)
     truth = {
         "n_beta / 3": (100.0 / 3.0, 10.0),
@@ -308,6 +308,7 @@ def made(**changes):
     trace = np.full((4, 10), 1.0)
     fields = {
         "mean": 1.0, "sd": 0.0, "per_chain": trace.mean(axis=1), "trace": trace, "acceptance": 0.95, "diverged": 0,
+        "spread": 1.1, "spread_error": 0.01, "heating": 0.1, "gradient": 0.1,
         "n": None, "n_beta": 1.0, "gamma": 1.0, "sigma": None, "sensitivity": sensitivity,
     }  # fmt: skip
     return LLC(**fields | changes)
@@ -324,6 +325,10 @@ def test_every_reason_is_given():
         "acceptance 0.85, under 0.9": made(acceptance=0.85),
         "the trace drifts by +56% from its first half to its second": made(trace=rising),
         "the trace drifts by -56% from its first half to its second": made(trace=rising[:, ::-1]),
+        "chains have 0.70 of the spread of their density": made(spread=0.7, spread_error=0.09),
+        "chains have 1.30 of the spread of their density": made(spread=1.3, spread_error=float("nan")),
+        "minibatches heat by 25%": made(heating=0.25),
+        "the gradient at the point lowers it by up to 30%": made(mean=0.99, gradient=0.297),
         "no look at other n_beta and gamma": made(sensitivity={}),
         "depends on the settings: +30% at gamma x 3, nan% at gamma / 3": made(
             sensitivity={"gamma x 3": 1.3, "n_beta x 3": 1.19, "gamma / 3": float("nan")}
@@ -333,6 +338,8 @@ def test_every_reason_is_given():
     for reason, found in cases.items():
         assert found.reason == reason.replace("nan%", "+nan%")
         assert found.converged == (not reason)
+        assert found.sound == (not reason or reason.startswith(("no look at other", DEPENDS)))
+    assert made(spread=0.7, spread_error=0.2).converged  # one direction's spread is known to no better
     assert made(mean=0.0, trace=np.zeros((4, 10)), sensitivity={"gamma x 3": 0.0}).converged
 
 
@@ -376,7 +383,9 @@ def test_calibrate_takes_the_least_gamma_and_with_it_the_largest_step_that_are_s
         if not found.diverged[i]:
             assert found.llc[i] == pytest.approx(np.mean([each.mean for each in at]))
             assert found.sd[i] == pytest.approx(np.mean([each.sd for each in at]))
-            assert found.acceptance[i] == pytest.approx(np.mean([each.acceptance for each in at]))
+            assert found.acceptance[i] == pytest.approx(min(each.acceptance for each in at))
+            assert found.spread[i] in [pytest.approx(each.spread) for each in at]
+            assert found.heating[i] == pytest.approx(max(each.heating for each in at))
             trace = np.mean([each.trace.mean(axis=0) for each in at], axis=0)
             np.testing.assert_allclose(found.trace[i], trace)
             assert found.drift[i] == pytest.approx((trace[60:].mean() - trace[:60].mean()) / trace.mean())
@@ -397,7 +406,7 @@ def test_calibrate_refuses_with_reasons():
     reasons = found.refusal.split("; ")
     assert reasons[:2] == ["a chain diverged at 2 of 4", "acceptance under 0.9 at 4 of 4"]
     slow = calibrate(target, [0], replace(FEW, burn_in=0, draws=200), [1e-7], [10.0])
-    assert slow.refusal == "the trace is not flat at 1 of 1"
+    assert slow.refusal == "the trace is not flat at 1 of 1; chains have not the spread of their density at 1 of 1"
 
 
 # Refusals

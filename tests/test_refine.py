@@ -252,11 +252,14 @@ def test_profile_is_the_mean_loss_along_each_line(name, layer, monkeypatch):
     target = case.target(layer)
     direction, t = some_direction(target), torch.tensor([-1.0, 0.0, 0.5, 2.0])
     line = LineTarget(target, direction)
-    found = line.profile(t)
+    found, errors = line.profile(t)
     everyone, all_rows = torch.arange(len(HEADS)), torch.arange(N_EXAMPLES).expand(len(HEADS), -1)
     for column, value in zip(found.T, t, strict=True):
         weights = along(target, direction, everyone, value)
         torch.testing.assert_close(column, case.slow(layer, weights, all_rows, everyone).mean(-1))
+    start, moved = (case.slow(layer, along(target, direction, everyone, at), all_rows, everyone) for at in (0.0, 2.0))
+    torch.testing.assert_close(errors[:, 3], (moved - start).std(-1) / N_EXAMPLES**0.5)
+    assert float(errors[:, 1].max()) < 1e-9
     flat = torch.cat([value.flatten(1) for value in direction.values()], dim=1)
     torch.testing.assert_close(line.length, flat.norm(dim=1))
 
@@ -282,6 +285,24 @@ def test_loss_and_slope_along_a_line(layer):
     difference = placed.loss({"t": t.detach() + step}, rows) - placed.loss({"t": t.detach() - step}, rows)
     torch.testing.assert_close(slope[:, 0], difference / (2 * step), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(placed.loss_of({"t": t}, rows).mean(-1), loss)
+
+
+@both_layers
+@pytest.mark.parametrize("name", ["masked", "local, masked", "some tokens"])
+def test_gradient_of_a_target_is_that_of_the_mean_over_all_examples(name, layer):
+    case = CASES[name]
+    target = case.target(layer)
+    everyone, all_rows = torch.arange(len(HEADS)), torch.arange(N_EXAMPLES).expand(len(HEADS), -1)
+    leaves = {key: value.clone().requires_grad_() for key, value in target.centre.items()}
+    slow = torch.autograd.grad(case.slow(layer, leaves, all_rows, everyone).mean(-1).sum(), list(leaves.values()))
+    found = target.gradient()
+    for key, value in zip(HEAD, slow, strict=True):
+        torch.testing.assert_close(found[key], value)
+    direction = some_direction(target)
+    along_line = LineTarget(target, direction).gradient()["t"]
+    length = torch.cat([value.flatten(1) for value in direction.values()], dim=1).norm(dim=1)
+    inner = torch.stack([(direction[key] * found[key]).sum((-2, -1)) for key in HEAD]).sum(0)
+    torch.testing.assert_close(along_line[:, 0], inner / length)
 
 
 @every_case

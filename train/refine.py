@@ -13,6 +13,7 @@ K keys of a query, H heads, D width, d size of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -294,6 +295,14 @@ class HeadTarget:
         """The loss for chains that live at `place`, int64 `[C]` in any order."""
         return HeadPlaced(self, place)
 
+    def gradient(self) -> dict[str, Tensor]:
+        """Of the mean loss over all n examples, at the heads as trained: shaped as `centre`."""
+        places = torch.arange(len(self._head), device=self._head.device)
+        leaves = {name: value.clone().requires_grad_() for name, value in self._centre.items()}
+        with torch.enable_grad():
+            loss = self.at(places).loss(leaves, places.new_tensor(range(self.examples)).expand(len(places), -1))
+            return dict(zip(HEAD, torch.autograd.grad(loss.sum(), [leaves[name] for name in HEAD]), strict=True))
+
 
 class HeadPlaced:
     """The loss for C chains, each at a head of its own: weights Wq, Wk, Wv `[C, D, d]`, Wo `[C, d, D]`."""
@@ -310,7 +319,11 @@ class HeadPlaced:
 
     def base(self, batch: Tensor) -> Tensor:
         """Mean loss of the trained model on the examples `batch [C, B]`: `[C]`, looked up."""
-        return self._target._losses[self._member_start + batch].mean(-1)
+        return self.base_of(batch).mean(-1)
+
+    def base_of(self, rows: Tensor) -> Tensor:
+        """Loss of each example of `rows [B]` or `[C, B]` for the trained model: `[C, B]`, looked up."""
+        return self._target._losses[self._member_start + rows]
 
     def loss(self, weights: Weights, batch: Tensor) -> Tensor:
         """Mean loss over the examples `batch [C, B]`: `[C]`, differentiable once in `weights`."""
@@ -424,12 +437,19 @@ class LineTarget:
         )
         return LinePlaced(self._target.at(place), centre, direction)
 
+    def gradient(self) -> dict[str, Tensor]:
+        """Of the mean loss over all n examples, along the line: `[P, 1]`."""
+        by_head = self._target.gradient()
+        along = torch.stack([(by_head[name] * self._direction[name]).sum((-2, -1)) for name in HEAD]).sum(0)
+        return {"t": along[:, None]}
+
     @torch.no_grad()
-    def profile(self, t: Tensor) -> Tensor:
-        """Mean loss over all n examples at w = centre + t direction, `t [T]`: `[P, T]`."""
+    def profile(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Over all n examples at w = centre + t direction, `t [T]`: the mean loss `[P, T]`, and the standard error of
+        its difference from that at t = 0, `[P, T]`: example by example, so that what they share does not count."""
         P, T, n = len(self._length), len(t), self._target.examples
         t, rows = t.to(self._length), torch.arange(n, device=self._length.device)
-        means = []
+        means, errors = [], []
         for start in range(0, P * T, CHAINS_AT_ONCE):
             chain = torch.arange(start, min(start + CHAINS_AT_ONCE, P * T), device=rows.device)
             placed, weights = self.at(chain // T), {"t": t[chain % T][:, None]}
@@ -437,8 +457,10 @@ class LineTarget:
                 placed.loss_of(weights, rows[first : first + EXAMPLES_AT_ONCE].expand(len(chain), -1))
                 for first in range(0, n, EXAMPLES_AT_ONCE)
             ]
-            means.append(torch.cat(losses, dim=1).mean(-1))
-        return torch.cat(means).view(P, T)
+            own = torch.cat(losses, dim=1)
+            means.append(own.mean(-1))
+            errors.append((own - placed.base_of(rows)).std(-1) / math.sqrt(n))
+        return torch.cat(means).view(P, T), torch.cat(errors).view(P, T)
 
 
 class LinePlaced:
@@ -447,6 +469,10 @@ class LinePlaced:
     def __init__(self, placed: HeadPlaced, centre: Weights, direction: Weights) -> None:
         self._placed, self._centre, self._direction = placed, centre, direction
         self.draw, self.base = placed.draw, placed.base
+
+    def base_of(self, rows: Tensor) -> Tensor:
+        """Loss of each example of `rows [B]` at t = 0: `[C, B]`, looked up."""
+        return self._placed.base_of(rows)
 
     def loss(self, weights: Weights, batch: Tensor) -> Tensor:
         """Mean loss over the examples `batch [C, B]`: `[C]`, differentiable once in t."""
