@@ -6,11 +6,20 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
+from typing import Self
 
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from cluster.geometry import Request, Subject
@@ -23,30 +32,15 @@ LINE_EVERY = 15.0  # seconds between plain lines
 SHOWN = 6  # packs with a bar of their own at one time
 
 
-class Terminal:
-    """Live progress: one bar for all member-steps, one for each running pack with its loss."""
+class Live:
+    """A console, and bars that stand on it while it is open; plain lines where it is no terminal."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=32),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self.total: TaskID | None = None
-        self.tasks: dict[str, TaskID] = {}
-        self.by_id: dict[str, Pack] = {}
-        self.steps: dict[str, int] = {}
-        self.lost: dict[str, str] = {}
-        self.last_line = -math.inf
+    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
+        self.console, self.last_line = console, -math.inf
+        text = TextColumn("{task.description}")
+        self.bars = Progress(text, *columns, console=console, disable=not console.is_terminal, transient=True)
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Self:
         self.bars.start()
         return self
 
@@ -57,10 +51,33 @@ class Terminal:
 
     def stage(self, text: str) -> None:
         """A new part of the job has begun."""
+        self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}")
+
+
+class Terminal(Live):
+    """Live progress: one bar for all member-steps, one for each running pack with its loss."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console,
+            BarColumn(bar_width=32),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.total: TaskID | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.by_id: dict[str, Pack] = {}
+        self.steps: dict[str, int] = {}
+        self.lost: dict[str, str] = {}
+
+    def stage(self, text: str) -> None:
+        """A new part of the job has begun."""
         for task in (self.total, *self.tasks.values()):
             if task is not None:
                 self.bars.update(task, visible=False)
-        self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}")
+        super().stage(text)
 
     def packs(self, packs: Sequence[Pack]) -> None:
         """These packs will be trained."""

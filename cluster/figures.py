@@ -81,9 +81,11 @@ def new_figure(rows: int, columns: int, height: float, **grid: Any) -> tuple[Fig
 
 
 def save(figure: Figure, path: Path) -> int:
-    """Write a PNG and let the figure go; returns its number of panels."""
+    """Write a PNG, whole or not at all, and let the figure go; returns its number of panels."""
     panels = sum(ax.get_visible() for ax in figure.axes)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=DPI, metadata={"Software": None}, format="png")
+    temporary.replace(path)
     figure.clear()
     return panels
 

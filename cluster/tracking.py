@@ -117,6 +117,11 @@ def code_version() -> str:
     return f"{number}+{content.hexdigest()}"
 
 
+def driver_name() -> str:
+    """Of this process, in heartbeats."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+
+
 def now_ms() -> int:
     """Unix time in milliseconds."""
     return int(time.time() * 1000)
@@ -272,7 +277,6 @@ def find_sweep(client: MlflowClient, experiment: str, name: str) -> Run:
 def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
     """The sweep's parent run, made or opened again, held by this driver. TrackingError if another driver holds it."""
     experiment = experiment_id(client, uri)
-    driver = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
     found = find_sweeps(client, experiment, sweep.id)
     if found:
         parent = found[0]
@@ -291,7 +295,7 @@ def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
         }
         parent = client.create_run(experiment, tags=tags, run_name=sweep.id)
     place = Place(uri=uri, experiment=experiment, parent=parent.info.run_id)
-    ledger = Ledger(client=client, place=place, driver=driver)
+    ledger = Ledger(client=client, place=place, driver=driver_name())
     client.log_dict(place.parent, encode(sweep), "sweep.json")
     share_view(client, place, sweep)
     ledger.start_beating()

@@ -20,27 +20,18 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from cluster import search as searches
+from cluster import search_results, tracking, trial
 from cluster import searcher as searching
-from cluster import tracking, trial
 from cluster.analysis import analyze_member
 from cluster.arguments import parse, sweep_form
 from cluster.driver import Desk, Settings
+from cluster.objectives import OBJECTIVES, WORST_SECONDS, Verdict, judge, without_pauses
 from cluster.recipes import load_sweep, quick, tiny
-from cluster.search import held_study, open_study, parse_search, storage_url, winner_command
-from cluster.searcher import (
-    OBJECTIVES,
-    WORST_SECONDS,
-    Searcher,
-    StudySearcher,
-    Verdict,
-    finished,
-    judge,
-    make_sampler,
-    parse_space,
-    point_of,
-    recover,
-    without_pauses,
-)
+from cluster.search import held_study, open_study, storage_url
+from cluster.search_config import parse_search
+from cluster.search_results import winner_command
+from cluster.searcher import Searcher, StudySearcher, finished, make_sampler, recover
+from cluster.space import parse_space, point_of
 from cluster.sweep import Pack, Sweep, validate
 from cluster.trial import TrialSink, capped, point_config
 from tests.test_analysis import STEPS, U, planted_curves, tables_of
@@ -559,11 +550,11 @@ def test_a_recipe_with_axes_ends_in_a_stored_winner(tmp_path):
 
 def test_importance_finds_the_field_that_matters_or_says_why_not():
     search, study = planted_search(points=20)
-    found = searches.importances(search, study)
+    found = search_results.importances(search, study)
     assert found["level"][RATE] > 0.8
     assert sum(found["level"].values()) == pytest.approx(1)
-    assert searches.importances(*planted_search(points=3)) == "3 complete points, fewer than 4"
-    assert searches.importances(search_of(), study) == "a single field is searched"
+    assert search_results.importances(*planted_search(points=3)) == "3 complete points, fewer than 4"
+    assert search_results.importances(search_of(), study) == "a single field is searched"
 
 
 @pytest.mark.parametrize("objectives", [["level"], ["level", "seconds"]])
@@ -584,8 +575,10 @@ def test_figures_numbers_and_tables(tmp_path, objectives):
         assert sorted(body["best"]) == expected
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     with console.file:
-        found = searches.Found(study=study, url="sqlite:///x.db", folder=folder, command="do it", failed=0, seconds=3.0)
-        searches.show_found(console, search, found)
+        found = search_results.Found(
+            study=study, url="sqlite:///x.db", folder=folder, command="do it", failed=0, seconds=3.0
+        )
+        search_results.show_found(console, search, found)
     said = console.export_text()
     assert ("Pareto front" in said) == (len(objectives) == 2)
     assert "optuna-dashboard sqlite:///x.db" in said
