@@ -149,7 +149,7 @@ class _Attention(torch.autograd.Function):
     """softmax(scale q k^T) v over all tokens, by `heads [S, B, N, 3 H d]`: what is read, `[S, B, N, H d]`.
 
     The same as `attention_pattern` and `mix_values`, with a backward pass that copies half as much. Spelt out and not
-    torch's scaled-dot-product kernel, which takes about twice as long at 16 tokens on a CPU.
+    torch's scaled-dot-product kernel, which takes about twice as long at 16 tokens on a CPU. First derivatives only.
     """
 
     @staticmethod
