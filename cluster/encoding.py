@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from cluster.outside import find_system
 from sim import SYSTEMS, system_name
 from sim.checks import require
 from sim.system import System
@@ -43,15 +44,17 @@ def _encode_field(value: Any, hint: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, name: str = "config") -> Any:
-    """The inverse of `encode`, for a dataclass type or an annotation. ValueError names what is unknown or wrong."""
+    """The inverse of `encode`, for a dataclass type or an annotation. ValueError names what is unknown or wrong.
+
+    A system that is not listed is imported by its `module.Class` (see `cluster.outside` for what that allows).
+    """
     if kind is System:
-        require(
-            isinstance(value, Mapping) and value.get("type") in SYSTEMS,
-            name,
-            value,
-            f"a mapping with a type among {', '.join(SYSTEMS)}",
-        )
-        return decode(SYSTEMS[value["type"]], {key: item for key, item in value.items() if key != "type"}, name)
+        listed = value.get("type") if isinstance(value, Mapping) else None
+        outside = isinstance(listed, str) and "." in listed
+        allowed = f"a mapping with a type among {', '.join(SYSTEMS)}, or the module.Class of another system"
+        require(listed in SYSTEMS or outside, name, value, allowed)
+        own = SYSTEMS[str(listed)] if listed in SYSTEMS else find_system(str(listed), name)
+        return decode(own, {key: item for key, item in value.items() if key != "type"}, name)
     if dataclasses.is_dataclass(kind):
         require(isinstance(value, Mapping), name, value, "a mapping of fields")
         hints = hints_of(kind)

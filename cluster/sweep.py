@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import sim.pool
 import train.loop
 from cluster.encoding import check, encode, require_known, set_field
+from cluster.outside import find_probe, probe_kinds, results_version
 from probes.emergence import MIN_PROBES
 from sim.checks import require, require_one_of
 from sim.generator import key_of
@@ -68,6 +69,9 @@ class ProbeConfig:
     """Probe steps a decade of training steps; step 0 and the last are always among them."""
     sparse_per_decade: int = 4
     """Steps a decade for the costly probes (ablations, distances, system figures); the last is always among them."""
+
+    probes: tuple[str, ...] = ()
+    """Further probes, each the `module:Class` of your own; their columns stand beside the others in the tables."""
 
     weights_per_decade: int = 4
     """Steps a decade at which every member's weights are kept with its tables; the first and last are among them."""
@@ -316,6 +320,11 @@ def canonical(config: Any) -> dict[str, Any]:
             kept[item.name] = _canonical_part(value) if nested else encoded[item.name]
     if "type" in encoded:
         kept["type"] = encoded["type"]
+    own = [type(config)] if "type" in encoded else []
+    if isinstance(config, ProbeConfig):
+        own = [find_probe(name) for name in config.probes]
+    if told := [version for version in map(results_version, own) if version is not None]:
+        kept["results_version"] = told
     return kept
 
 
@@ -341,6 +350,7 @@ def part_sizes(config: MemberConfig) -> dict[Part, int]:
 def validate(sweep: Sweep) -> tuple[Member, ...]:
     """The members of a sweep whose every field has its type and an allowed value; ValueError by name otherwise."""
     check(sweep)
+    probe_kinds(sweep.probe.probes)
     members = sweep.members()
     require(
         len({member.id for member in members}) == len(members), "axes", dict(sweep.axes), "such that all members differ"
