@@ -29,7 +29,7 @@ from train.checkpoint import FOLDER
 
 DAY = 86_400.0
 FRESH = 3_600.0  # seconds for which a file without a manifest may be one that is being written
-CLEAN_HELP = """Delete checkpoints that nobody needs (their members are done, or their writer died), and others by age and budget.
+CLEAN_HELP = """Delete checkpoints that nobody needs (members done, writer dead), and others by age and budget.
 
 A member whose checkpoint goes begins anew when its sweep is run again. Results are no checkpoints: tables, kept
 weights and reports stay. Nothing goes of a sweep that a live driver holds, nor the newest of a running member.
@@ -98,9 +98,7 @@ def clean_command(arguments: Sequence[str], console: Console) -> int:
     doomed = choose(found, options, time.time())
     if not doomed:
         left = sum(item.size for item in found)
-        console.print(
-            f"nothing to clean; {plural(len(found), 'checkpoint')} of unfinished members, {left / 1e6:.1f} MB"
-        )
+        console.print(f"nothing to clean; {plural(len(found), 'checkpoint')} in use, {left / 1e6:.1f} MB")
         return 0
     show(console, found, doomed)
     if not (options.yes or asked(console, doomed)):
