@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,10 +110,13 @@ def verdict(rows: Sequence[Row]) -> list[str]:
             where = "" if len(own) == 1 else f" at any of {plural(len(tested), 'point')}"
             lines.append(f"{quantity}: no difference is shown{where}.")
         else:
-            some = [_direction(row) for row in shown]
-            where = "" if len(own) == 1 else f" at {len(shown)} of {plural(len(tested), 'point')}"
-            kinds = ", ".join(dict.fromkeys(some))
-            lines.append(f"{quantity}: B is {kinds}{where}; shown.")
+            ways = Counter(_direction(row) for row in shown)
+            if len(own) == 1:
+                told = f"B is {next(iter(ways))}"
+            else:
+                some = " and ".join(f"{way} at {count}" for way, count in ways.items())
+                told = f"B is {some} of {plural(len(tested), 'point')}"
+            lines.append(f"{quantity}: {told}; shown.")
     return lines
 
 
@@ -156,10 +160,10 @@ def draw(a: Side, b: Side, rows: Sequence[Row]) -> Figure:
             ax.vlines(x, found[:, 1], found[:, 2], color=colour, lw=2.2)
             for place, row in zip(x, own, strict=True):
                 if row.shown and side is b:
-                    ax.annotate("*", (place - 0.14, 1.0), xycoords=("data", "axes fraction"), ha="center", color=INK)
+                    ax.annotate("*", (place - 0.14, 0.95), xycoords=("data", "axes fraction"), ha="center", color=INK)
         if item.scale == "log":
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             ax.yaxis.set_major_formatter(
                 FuncFormatter(count_text if item.name != "validation_loss" else lambda v, _: f"{v:g}")
             )

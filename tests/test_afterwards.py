@@ -181,7 +181,7 @@ def test_a_planted_difference_is_shown_where_it_is_and_its_size_is_right():
         assert row.n_a == row.n_b == 10
     assert row_of(rows, QUANTITIES[0], "width 16").a[0] == 1.0
     assert compare.differences(a, b) == [(RATE, "0.001", "0.004")]
-    assert any(line.startswith("level") and "at 2 of 3 points" in line for line in verdict(rows))
+    assert f"{LEVEL.words}: B is higher at 1 and lower at 1 of 3 points; shown." in verdict(rows)
 
 
 def test_nothing_is_shown_between_a_sweep_and_itself():
