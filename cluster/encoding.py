@@ -30,7 +30,7 @@ def encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = hints_of(type(value))
         body = {
-            item.name: _encode_field(getattr(value, item.name), hints[item.name]) for item in dataclasses.fields(value)
+            item.name: encode_field(getattr(value, item.name), hints[item.name]) for item in dataclasses.fields(value)
         }
         return {"type": system_name(cast(System, value)), **body} if is_system(type(value)) else body
     if isinstance(value, Mapping):
@@ -38,7 +38,8 @@ def encode(value: Any) -> Any:
     return [encode(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _encode_field(value: Any, hint: Any) -> Any:
+def encode_field(value: Any, hint: Any) -> Any:
+    """JSON-able form of a field's value; a whole number in a float field becomes a float."""
     floats = float in (hint, *get_args(hint)) and int not in get_args(hint)
     return float(value) if floats and isinstance(value, int) and not isinstance(value, bool) else encode(value)
 
