@@ -94,9 +94,7 @@ def test_where_a_stored_class_cannot_be_found_a_line_says_so(lab, monkeypatch, t
     for name in [name for name in sys.modules if name.partition(".")[0] == "lab"]:
         monkeypatch.delitem(sys.modules, name)
     importlib.invalidate_caches()
-    with pytest.raises(
-        ValueError, match=r"sweep\.system: 'lab\.nearest' cannot be imported: there is no module"
-    ):
+    with pytest.raises(ValueError, match=r"sweep\.system: 'lab\.nearest' cannot be imported: there is no module"):
         decode(Sweep, body, "sweep")
 
 
@@ -131,9 +129,7 @@ def test_a_raised_results_version_makes_other_members(lab):
         before = raised
     find_probe(sweep.probe.probes[0]).results_version = "two"
     _canonical_part.cache_clear()
-    with pytest.raises(
-        ValueError, match=r"Sharpness\.results_version: 'two' is not allowed"
-    ):
+    with pytest.raises(ValueError, match=r"Sharpness\.results_version: 'two' is not allowed"):
         sweep.members()
 
 
