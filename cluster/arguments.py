@@ -7,16 +7,29 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from mlflow.entities import Run
 
-from cluster.analysis import number
-from cluster.driver import Settings
+from cluster import tracking
+from cluster.analysis import load_sweep_config, number
+from cluster.driver import Desk, Settings
 from cluster.sweep import Sweep
 
 WORDS: dict[str, bool | None] = {"None": None, "True": True, "False": False}
 AXIS_HELP = "A further axis, NAME=VALUE,VALUE,...; may be given several times."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreOptions:
+    """Where the ledger and the reports are."""
+
+    tracking_uri: str | None = None
+    """MLflow store or server. Default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in this folder."""
+    out: Path = Path("headway-out")
+    """Folder for reports."""
 
 
 def parse(kind: Any, arguments: Sequence[str], default: Any, prog: str, description: str) -> Any:
@@ -94,3 +107,18 @@ def make_sweep(options: Any, default: Sweep) -> Sweep:
     """The sweep of a filled form; axes given there stand beside the recipe's own, or in their place."""
     values = {item.name: getattr(options.sweep, item.name) for item in fields(Sweep)}
     return Sweep(**{**values, "axes": {**default.axes, **parse_axes(options.axis)}})
+
+
+def named(arguments: Sequence[str], options: Any, prog: str, description: str) -> tuple[str, Any]:
+    """The sweep's name, which comes first, and the options after it."""
+    if not arguments or arguments[0].startswith("-"):
+        parse(type(options), ["--help"] if {"-h", "--help"} & set(arguments) else [], options, prog, description)
+        raise ValueError(f"sweep: none given; it must be a name or an id: {prog} SWEEP")
+    return arguments[0], parse(type(options), arguments[1:], options, f"{prog} {arguments[0]}", description)
+
+
+def open_named(name: str, settings: Settings) -> tuple[Desk, Run, Sweep]:
+    """The desk, the parent run and the config of a sweep in the ledger."""
+    desk = Desk.open(settings, make=False)
+    parent = tracking.find_sweep(desk.client, desk.experiment, name)
+    return desk, parent, load_sweep_config(desk.client, parent.info.run_id)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -20,15 +20,19 @@ from rich.table import Table
 
 from cluster import tracking
 from cluster.analysis import load_analysis, load_sweep_config
-from cluster.arguments import make_sweep, parse, sweep_form
+from cluster.arguments import StoreOptions, make_sweep, named, open_named, parse, sweep_form
 from cluster.calibration import Grid, calibrate_sweep, calibration_table
+from cluster.clean import clean_command
+from cluster.compare_page import compare_command
 from cluster.display import Terminal, count, duration, show_plan, width_summary
-from cluster.driver import Desk, Outcome, Settings, analyze_again, make_report, run_sweep
+from cluster.driver import Outcome, Settings, analyze_again, make_report, run_sweep
 from cluster.encoding import require_known
+from cluster.export import export_command
 from cluster.geometry import Request, Tokens
 from cluster.jobs import jobs_command, stop_command, submit_command
 from cluster.measuring import measure_geometry
 from cluster.plan import make_plan
+from cluster.power import plan_command
 from cluster.recipes import RECIPES, load_sweep
 from cluster.search import search_command
 from cluster.server import serve_mlflow, server_command
@@ -47,6 +51,10 @@ headway COMMAND ...
   probe llc SWEEP       learning coefficients of every head at the kept steps, and degrees of their potentials
   analyze SWEEP         work out timescales again from the tables of the members that are done
   report SWEEP          write the report again from the last analysis
+  compare A B           two sweeps or points side by side, and whether a difference is shown
+  plan SWEEP            seeds needed to see an exponent or a difference, from this sweep's scatter
+  export SWEEP DIR      all tables, curves, config, figures and report as a folder of plain files
+  clean [SWEEP]         delete checkpoints that nobody needs, or old ones; says what, and asks first
   ui                    MLflow's pages on this machine, with a link to the comparison
   server                an MLflow server on this machine, for a cluster's workers
   search RECIPE ...     let Optuna look for the best values of any fields
@@ -54,7 +62,8 @@ headway COMMAND ...
   jobs [JOB]            a cluster's jobs, or one followed
   stop JOB              stop a job; the ledger is told, the same sweep goes on later
 
-`headway COMMAND --help` tells more. RECIPE is a name, or the .json of a stored sweep; SWEEP is a name or an id."""
+`headway COMMAND --help` tells more. RECIPE is a name, module:function of your own package,
+or the .json of a stored sweep; SWEEP is a name or an id."""
 
 ON_CLUSTER = ("workers", "gpus", "redo")
 SWEEP_HELP = """Train a sweep, measure every head as it learns, and write a report.
@@ -65,16 +74,6 @@ missing; more seeds or widths extend it. Any field of the recipe can be overridd
   headway sweep quick --widths 16 32 64 --seeds 8 --train.steps 4000
   headway sweep quick --axis train.learning_rate=0.0005,0.001,0.002 --dry-run
 """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoreOptions:
-    """Where the ledger and the reports are."""
-
-    tracking_uri: str | None = None
-    """MLflow store or server. Default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in this folder."""
-    out: Path = Path("headway-out")
-    """Folder for reports."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,21 +207,6 @@ def show_outcome(console: Console, sweep: Sweep, settings: Settings, outcome: Ou
     else:
         console.print(f"compare: run  {' '.join(ui)}  and open", soft_wrap=True)
         console.print(f"         http://127.0.0.1:5000{link}", soft_wrap=True)
-
-
-def named(arguments: Sequence[str], options: Any, prog: str, description: str) -> tuple[str, Any]:
-    """The sweep's name, which comes first, and the options after it."""
-    if not arguments or arguments[0].startswith("-"):
-        parse(type(options), ["--help"] if {"-h", "--help"} & set(arguments) else [], options, prog, description)
-        raise ValueError(f"sweep: none given; it must be a name or an id: {prog} SWEEP")
-    return arguments[0], parse(type(options), arguments[1:], options, f"{prog} {arguments[0]}", description)
-
-
-def open_named(name: str, settings: Settings) -> tuple[Desk, Run, Sweep]:
-    """The desk, the parent run and the config of a sweep in the ledger."""
-    desk = Desk.open(settings, make=False)
-    parent = tracking.find_sweep(desk.client, desk.experiment, name)
-    return desk, parent, load_sweep_config(desk.client, parent.info.run_id)
 
 
 def analyze_command(arguments: Sequence[str], console: Console) -> int:
@@ -379,6 +363,10 @@ COMMANDS: dict[str, Callable[[Sequence[str], Console], int]] = {
     "analyze": analyze_command,
     "report": report_command,
     "status": status_command,
+    "compare": compare_command,
+    "plan": plan_command,
+    "export": export_command,
+    "clean": clean_command,
     "recipes": recipes_command,
     "ui": ui_command,
     "server": server_command,

@@ -23,6 +23,7 @@ from cluster.dispatch import find_room, make_pools, ray_cluster, run_packs, sett
 from cluster.geometry import with_tables
 from cluster.nodes import require_shared
 from cluster.pack import Pace, warn
+from cluster.rehearsal import rehearse
 from cluster.report import MemberData, require_replaceable, write_report
 from cluster.sizing import require_computable
 from cluster.store import open_store
@@ -147,6 +148,7 @@ def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
     require_replaceable(desk.out / sweep.id / "report")
     for config in {replace(member.config, model=ModelConfig(), train=TrainConfig(), seed=0) for member in members}:
         config.system.rows("train", 1, Generator.of("can it be made at all"))
+    rehearse(members)
     for parent in tracking.find_sweeps(desk.client, desk.experiment, sweep.id):
         tracking.require_free(parent)
         warn_of_code(parent)

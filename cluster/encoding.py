@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from cluster.outside import find_system
 from sim import SYSTEMS, system_name
 from sim.checks import require
 from sim.system import System
@@ -29,7 +30,7 @@ def encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = hints_of(type(value))
         body = {
-            item.name: _encode_field(getattr(value, item.name), hints[item.name]) for item in dataclasses.fields(value)
+            item.name: encode_field(getattr(value, item.name), hints[item.name]) for item in dataclasses.fields(value)
         }
         return {"type": system_name(cast(System, value)), **body} if is_system(type(value)) else body
     if isinstance(value, Mapping):
@@ -37,21 +38,24 @@ def encode(value: Any) -> Any:
     return [encode(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _encode_field(value: Any, hint: Any) -> Any:
+def encode_field(value: Any, hint: Any) -> Any:
+    """JSON-able form of a field's value; a whole number in a float field becomes a float."""
     floats = float in (hint, *get_args(hint)) and int not in get_args(hint)
     return float(value) if floats and isinstance(value, int) and not isinstance(value, bool) else encode(value)
 
 
 def decode(kind: Any, value: Any, name: str = "config") -> Any:
-    """The inverse of `encode`, for a dataclass type or an annotation. ValueError names what is unknown or wrong."""
+    """The inverse of `encode`, for a dataclass type or an annotation. ValueError names what is unknown or wrong.
+
+    A system that is not listed is imported by its `module.Class` (see `cluster.outside` for what that allows).
+    """
     if kind is System:
-        require(
-            isinstance(value, Mapping) and value.get("type") in SYSTEMS,
-            name,
-            value,
-            f"a mapping with a type among {', '.join(SYSTEMS)}",
-        )
-        return decode(SYSTEMS[value["type"]], {key: item for key, item in value.items() if key != "type"}, name)
+        listed = value.get("type") if isinstance(value, Mapping) else None
+        outside = isinstance(listed, str) and "." in listed
+        allowed = f"a mapping with a type among {', '.join(SYSTEMS)}, or the module.Class of another system"
+        require(listed in SYSTEMS or outside, name, value, allowed)
+        own = SYSTEMS[str(listed)] if listed in SYSTEMS else find_system(str(listed), name)
+        return decode(own, {key: item for key, item in value.items() if key != "type"}, name)
     if dataclasses.is_dataclass(kind):
         require(isinstance(value, Mapping), name, value, "a mapping of fields")
         hints = hints_of(kind)

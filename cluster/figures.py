@@ -294,7 +294,7 @@ def _level_mark(ax: Axes, row: Mapping[Any, Any], colour: str, last: float) -> N
 
 def draw_distance(portraits: Sequence[Portrait], contact: float | None) -> Figure:
     """Attention by distance g(r): all heads at the start in grey, at the end in colour; one panel a portrait."""
-    figure, panels = _portrait_panels(portraits)
+    figure, panels = portrait_panels(portraits)
     for ax, portrait in zip(panels, portraits, strict=False):
         curve = portrait.curve("distance")
         assert curve is not None
@@ -318,7 +318,7 @@ def draw_distance(portraits: Sequence[Portrait], contact: float | None) -> Figur
         ax.plot(r, g[0].reshape(-1, len(r)).T, color=GREY, lw=0.9, alpha=0.7)
         corr = mean_band(curve.values["corr"])[0][..., 0]
         texts = {key: f"{signed(corr[0][key])} → {signed(corr[-1][key])}" for key in np.ndindex(corr.shape[1:])}
-        _all_heads(ax, r, np.clip(g[-1], 1e-9, None), error[-1], portrait, "head: corr(A, r), start → end", texts)
+        all_heads(ax, r, np.clip(g[-1], 1e-9, None), error[-1], portrait, "head: corr(A, r), start → end", texts)
         ax.set_xlabel("distance r (length units of the system)", fontsize=9.5)
         ax.set_ylabel("attention over its mean, g(r)", fontsize=9.5)
     return figure
@@ -334,7 +334,7 @@ def draw_worth(portraits: Sequence[Portrait]) -> Figure:
 
     Drawn once attention saves a tenth of what it saves at its best: shares of next to nothing are noise.
     """
-    figure, panels = _portrait_panels(portraits)
+    figure, panels = portrait_panels(portraits)
     for ax, portrait in zip(panels, portraits, strict=False):
         curve = portrait.curve("ablation")
         assert curve is not None
@@ -352,12 +352,13 @@ def draw_worth(portraits: Sequence[Portrait]) -> Figure:
         ax.axhline(LEAST_SHARE, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=0)
         texts = {key: f"{share[-1][key]:,.0%}" for key in np.ndindex(share.shape[1:])}
         values, errors = np.moveaxis(share, 0, -1), np.moveaxis(error, 0, -1)
-        _all_heads(ax, on_axis(curve.steps), values, errors, portrait, "head: worth at the end", texts)
+        all_heads(ax, on_axis(curve.steps), values, errors, portrait, "head: worth at the end", texts)
         ax.set_ylabel("worth of looking (symlog scale)", fontsize=9.5)
     return figure
 
 
-def _portrait_panels(portraits: Sequence[Portrait]) -> tuple[Figure, Sequence[Axes]]:
+def portrait_panels(portraits: Sequence[Portrait]) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with one panel for each of the members, named above it."""
     columns = min(len(portraits), 2)
     rows = math.ceil(len(portraits) / columns)
     figure, axes = new_figure(rows, columns, 3.4 * rows)
@@ -368,7 +369,7 @@ def _portrait_panels(portraits: Sequence[Portrait]) -> tuple[Figure, Sequence[Ax
     return figure, list(axes.flat)
 
 
-def _all_heads(
+def all_heads(
     ax: Axes, x: Array, values: Array, errors: Array, portrait: Portrait, title: str, texts: Mapping[Any, str]
 ) -> None:
     """Lines `[L, H, X]` of all layers in one panel: the strongest heads coloured, dashed by layer, the rest pale."""

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from cluster.arguments import make_sweep, one_line, parse, sweep_form, wide_terminal
 from cluster.display import duration
+from cluster.outside import PACKAGES, sources
 from cluster.recipes import load_sweep
 from cluster.sweep import Sweep, validate
 from sim.checks import require
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 for _name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of every upload
 
-PACKAGES = ("sim", "train", "probes", "cluster")
 GRACE = 60  # seconds between SIGTERM and SIGKILL of a stopped job; Ray's own 3 are few for the ledger of many members
 ANSWER_WAIT = 5.0  # seconds for a dashboard to answer
 LOST_AFTER = 60.0  # seconds without a connection after which a job is followed no longer
@@ -47,7 +47,8 @@ STOPPED = 130  # exit code of a job that was stopped, as of a command that was i
 
 SUBMIT_HELP = """Run `headway sweep` as a job of a Ray cluster and follow its log; the exit code is the job's.
 
-Every flag of `headway sweep RECIPE --help` is allowed beside these, for example
+Every flag of `headway sweep RECIPE --help` is allowed beside these. Where the recipe, its system or its probes are of
+your own package, that is sent along; name with --ship what else these import. For example
 
   headway submit quick --seeds 8 --address http://HOST:8265 --tracking-uri http://MLFLOW:5000 --out /shared/headway
 
@@ -78,7 +79,7 @@ class SubmitOptions(ClusterOptions):
     wait: bool = True
     """Follow the job until it ends."""
     installed: bool = False
-    """Run the headway that is installed on the cluster; nothing of this one is sent."""
+    """Run the headway that is installed on the cluster; of this one nothing is sent."""
     ship: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A file or folder of your own that the job needs beside headway; may be given several times."""
 
@@ -92,7 +93,7 @@ def submit_command(arguments: Sequence[str], console: Console) -> int:
     options, overrides = split_arguments(rest, prog)
     require_lasting(options)
     sweep = read_sweep(recipe, overrides, prog)
-    files = [Path(recipe).expanduser(), *options.ship] if recipe.endswith(".json") else list(options.ship)
+    files = own_files(recipe, sweep, options.ship)
     client = open_jobs(options.address)
     with staged(files, options.installed) as folder, plain_errors(client.get_address()):
         job = client.submit_job(
@@ -153,6 +154,15 @@ def read_sweep(recipe: str, overrides: Sequence[str], prog: str) -> Sweep:
     sweep = make_sweep(options, default)
     validate(sweep)
     return sweep
+
+
+def own_files(recipe: str, sweep: Sweep, ship: Sequence[Path]) -> list[Path]:
+    """What the job needs beside headway: a stored config, `ship`, and the packages of recipe, system and probes."""
+    stored = [Path(recipe).expanduser()] if recipe.endswith(".json") else []
+    named = [name.partition(":")[0] for name in (recipe, *sweep.probe.probes) if ":" in name]
+    shipped = {path.expanduser().resolve() for path in ship}
+    found = sources([*named, type(sweep.system).__module__])
+    return [*stored, *ship, *(path for path in found if path.resolve() not in shipped)]
 
 
 def entrypoint(recipe: str, overrides: Sequence[str], options: SubmitOptions) -> str:

@@ -22,10 +22,10 @@ from torch import Tensor
 from cluster import curves as tables
 from cluster.curves import Curves
 from cluster.encoding import encode
+from cluster.outside import probe_kinds
 from cluster.sizing import Room, require_computable
 from cluster.store import FolderStore
 from cluster.sweep import Member, MemberConfig, Pack, packs, part_sizes, validate, versions
-from probes import PROBES
 from probes.probe import Measurement, Probe, ProbeBatch
 from sim.checks import require
 from sim.generator import Generator
@@ -84,7 +84,8 @@ def build_probes(config: MemberConfig, pool: Pool) -> tuple[Probe, ...]:
             for r in range(config.probe.replicates)
         )
 
-    made = (kind.build(replicates(size if kind.when == "every" else sparse)) for kind in PROBES.values())
+    kinds = probe_kinds(config.probe.probes).values()
+    made = (kind.build(replicates(size if kind.when == "every" else sparse)) for kind in kinds)
     return tuple(probe for probe in made if probe is not None)
 
 
@@ -382,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cluster.recipes import load_sweep
 
     parser = argparse.ArgumentParser(prog="python -m cluster.pack", description=__doc__)
-    parser.add_argument("sweep", help="a recipe's name, or the .json of a stored sweep")
+    parser.add_argument("sweep", help="a recipe's name, module:function, or a stored .json")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables and checkpoints")
     parser.add_argument("--only", type=int, help="train this pack only, by its number")
     parser.add_argument("--size", type=int, help="members a pack (default: as many as gain from it and fit)")

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.encoding import decode
+from cluster.encoding import decode, encode
+from cluster.outside import find_named, require_system, told
 from cluster.sweep import DataConfig, Sweep
+from sim.checks import require
 from train.config import ModelConfig, TrainConfig
 
 
@@ -57,7 +59,10 @@ RECIPES: dict[str, Callable[[], Sweep]] = {recipe.__name__: recipe for recipe in
 
 
 def load_sweep(source: str) -> Sweep:
-    """The sweep of a recipe's name, or of a stored config (a path that ends in .json). ValueError if there is none."""
+    """The sweep of a recipe, or ValueError in one line.
+
+    source: a recipe's name; `module:function` of the user's own package; or a stored config, a path that ends in .json.
+    """
     if source.endswith(".json"):
         try:
             body = json.loads(Path(source).read_text())
@@ -65,8 +70,33 @@ def load_sweep(source: str) -> Sweep:
             raise ValueError(f"sweep: {source!r} cannot be read: {error}") from error
         sweep: Sweep = decode(Sweep, body, "sweep")
         return sweep
+    if ":" in source:
+        return own_sweep(source)
     if source not in RECIPES:
         near = difflib.get_close_matches(source, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(RECIPES)}, or a .json file"
-        raise ValueError(f"recipe: {source!r} is unknown; {hint}")
+        others = f"it must be one of {', '.join(RECIPES)}, module:function of your own, or a .json file"
+        raise ValueError(f"recipe: {source!r} is unknown; " + (f"did you mean {near[0]!r}?" if near else others))
     return RECIPES[source]()
+
+
+def own_sweep(source: str) -> Sweep:
+    """What the user's function `module:function` returns, once it is sure that it can be stored and read again."""
+    recipe = find_named(source, "recipe")
+    require(callable(recipe), "recipe", source, "a function without arguments that returns a Sweep")
+    try:
+        sweep = recipe()
+    except Exception as error:
+        raise ValueError(f"recipe: {source!r} fails with {told(error)}") from error
+    kind = type(sweep).__name__
+    require(isinstance(sweep, Sweep), "recipe", source, f"a function that returns a Sweep (it returns {kind})")
+    require_system(type(sweep.system), f"recipe {source}: system")
+    try:
+        hash(sweep.system)
+        text = json.dumps(encode(sweep))
+    except TypeError as error:
+        raise ValueError(f"recipe {source}: system: its fields must be numbers, texts, tuples ({error})") from error
+    stored: Sweep = decode(Sweep, json.loads(text), f"recipe {source}: sweep")
+    name = type(sweep.system).__qualname__
+    whole = "one that is the same when stored as JSON and read again (numbers, texts, tuples, dataclasses)"
+    require(stored.system == sweep.system, f"recipe {source}: system", name, whole)
+    return stored

@@ -25,6 +25,7 @@ from cluster.findings import Point, evenly
 from cluster.geometry_sections import GEOMETRY_PANELS, GeometrySection
 from cluster.intervals import CONFIDENCE
 from cluster.law_sections import LAW_PANELS, LawSections
+from cluster.own_sections import OWN_PANELS, own_sections
 from cluster.page import Picture, Section, take_picture
 from cluster.picture import LEAST_WEIGHT, draw_box, make_scene
 from cluster.sweep import Sweep, replace_fields
@@ -33,8 +34,8 @@ from probes.ablation import LEAST_SHARE
 from probes.emergence import LEVEL_LIFT, START_LIFT
 from sim.checks import require
 
-PANELS = 24 + LAW_PANELS + GEOMETRY_PANELS
-FIXED_PANELS = 7 + LAW_PANELS + GEOMETRY_PANELS  # losses 1, times against width 4, box 2
+PANELS = 24 + LAW_PANELS + GEOMETRY_PANELS + OWN_PANELS
+FIXED_PANELS = 7 + LAW_PANELS + GEOMETRY_PANELS + OWN_PANELS  # losses 1, times against width 4, box 2
 MEMBERS = 12  # whose losses are drawn
 LAYERS = PANELS - FIXED_PANELS - 2
 
@@ -171,6 +172,7 @@ def render(
         *geometry.all(),
         drawing.distance(),
         drawing.worth(),
+        *own_sections(folder, sweep.probe.probes, drawing.portraits),
     ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
+from cluster.outside import probe_kinds
 from cluster.sweep import MemberConfig, part_sizes
-from probes import PROBES
 from sim.checks import require
 from sim.generator import Generator
 from sim.integrator import can_compile
@@ -100,7 +100,8 @@ def table_bytes(config: MemberConfig) -> int:
     """Of a member's curves in memory: float32 cells of every probe, about."""
     last, grid = config.train.steps, config.model.layers * config.model.n_heads * config.probe.replicates
     frequent, sparse = len(config.probe.steps(last)), len(config.probe.sparse_steps(last))
-    cells = sum(8 * RELATIONS * (frequent if kind.when == "every" else sparse) for kind in PROBES.values())
+    kinds = probe_kinds(config.probe.probes).values()
+    cells = sum(8 * RELATIONS * (frequent if kind.when == "every" else sparse) for kind in kinds)
     return 4 * grid * cells
 
 

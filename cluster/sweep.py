@@ -13,8 +13,10 @@ from typing import Any, Literal, get_args
 
 import sim.pool
 import train.loop
-from cluster.encoding import check, encode, require_known, set_field
+from cluster.encoding import check, encode, encode_field, hints_of, is_system, require_known, set_field
+from cluster.outside import find_probe, probe_kinds, results_version
 from probes.emergence import MIN_PROBES
+from sim import system_name
 from sim.checks import require, require_one_of
 from sim.generator import key_of
 from sim.particles import ParticleSystem
@@ -68,6 +70,9 @@ class ProbeConfig:
     """Probe steps a decade of training steps; step 0 and the last are always among them."""
     sparse_per_decade: int = 4
     """Steps a decade for the costly probes (ablations, distances, system figures); the last is always among them."""
+
+    probes: tuple[str, ...] = ()
+    """Further probes, each the `module:Class` of your own; their columns stand beside the others in the tables."""
 
     weights_per_decade: int = 4
     """Steps a decade at which every member's weights are kept with its tables; the first and last are among them."""
@@ -302,7 +307,9 @@ def _canonical_part(config: Any) -> dict[str, Any]:
 def canonical(config: Any) -> dict[str, Any]:
     """The config as JSON-able values, without fields that stand at the default they were introduced with, and without
     those that say what is kept."""
-    kept, encoded = {}, encode(config)
+    kept: dict[str, Any] = {}
+    kind: Any = type(config)
+    hints, system = hints_of(kind), is_system(kind)
     for item in fields(config):
         if (type(config).__name__, item.name) in NO_NUMBERS:
             continue
@@ -313,9 +320,14 @@ def canonical(config: Any) -> dict[str, Any]:
         value = getattr(config, item.name)
         if value != default:
             nested = hasattr(value, "__dataclass_fields__")
-            kept[item.name] = _canonical_part(value) if nested else encoded[item.name]
-    if "type" in encoded:
-        kept["type"] = encoded["type"]
+            kept[item.name] = _canonical_part(value) if nested else encode_field(value, hints[item.name])
+    if system:
+        kept["type"] = system_name(config)
+    own = [kind] if system else []
+    if isinstance(config, ProbeConfig):
+        own = [find_probe(name) for name in config.probes]
+    if told := [version for version in map(results_version, own) if version is not None]:
+        kept["results_version"] = told
     return kept
 
 
@@ -341,6 +353,7 @@ def part_sizes(config: MemberConfig) -> dict[Part, int]:
 def validate(sweep: Sweep) -> tuple[Member, ...]:
     """The members of a sweep whose every field has its type and an allowed value; ValueError by name otherwise."""
     check(sweep)
+    probe_kinds(sweep.probe.probes)
     members = sweep.members()
     require(
         len({member.id for member in members}) == len(members), "axes", dict(sweep.axes), "such that all members differ"

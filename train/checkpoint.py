@@ -119,8 +119,8 @@ def remove(files: Files, manifest_name: str) -> None:
     files.delete(manifest_name.removesuffix(".json") + ".npz")
 
 
-def manifests(files: Files, versions: Mapping[str, int], report: Callable[[str], None]) -> list[Manifest]:
-    """All readable manifests of these results versions; others are reported by name and reason."""
+def manifests(files: Files, versions: Mapping[str, int] | None, report: Callable[[str], None]) -> list[Manifest]:
+    """All readable manifests of these results versions (None: of any); others are reported by name and reason."""
     found = []
     for name in files.names(FOLDER):
         if not name.endswith(".json"):
@@ -131,7 +131,7 @@ def manifests(files: Files, versions: Mapping[str, int], report: Callable[[str],
         except (ValueError, TypeError, KeyError, OSError) as error:
             report(f"checkpoint {name} is not used: unreadable manifest ({error})")
             continue
-        if dict(manifest.versions) == dict(versions):
+        if versions is None or dict(manifest.versions) == dict(versions):
             found.append(manifest)
         else:
             report(f"checkpoint {name} is not used: results versions {manifest.versions}, now {dict(versions)}")

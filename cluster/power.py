@@ -1,0 +1,274 @@
+"""`headway plan SWEEP`: how many seeds it takes to see an exponent of width, or a difference of shares.
+
+From the scatter of members in a pilot, a sweep that the ledger has. At n seeds and widths w_1 .. w_W, with log levels
+of standard deviation s about the mean of their width, and a share q of members that get there at all, the slope of log
+level on log width has the standard error
+
+    se = s / sqrt(q n sum_i (x_i - mean x)^2),   x_i = log w_i,
+
+which the sandwich of `probes.scaling.fit_width_law` estimates on about nu Satterthwaite degrees of freedom (worked out
+for this design, a member a cluster: Bell and McCaffrey 2002). Under an exponent g the t statistic is noncentral,
+t' ~ t(nu, g / se), and the power of the two-sided test at level a is P(|t'| > t_{nu, 1 - a/2}). The same for the
+difference d of two means of n members each, of standard deviation s: t' ~ t(2n - 2, d / (s sqrt(2/n))).
+Simulated sweeps through `fit_width_law` itself check this (tests).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from scipy import stats
+
+from cluster.analysis import RISEN, Analysis, load_analysis
+from cluster.arguments import StoreOptions, named, open_named
+from cluster.driver import Settings
+from cluster.findings import number_text, plural
+from cluster.intervals import CONFIDENCE
+from cluster.laws import RATE
+from cluster.sweep import Sweep
+from probes.scaling import MIN_CLUSTERS, MIN_WIDTHS
+from sim.checks import require
+
+MOST_SEEDS = 100_000
+PLAN_HELP = (
+    "Seeds at each width that show an exponent of width, or a difference of the share of heads that rise between two "
+    "settings, with the power asked for; from the scatter of members in a sweep that is there, its pilot. Formulas: "
+    "cluster/power.py. Not to be confused with `headway sweep RECIPE --dry-run`, which plans packs, time and memory."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions(StoreOptions):
+    """What should be seen, and how surely."""
+
+    exponents: tuple[float, ...] = (0.1, 0.2, 0.5)
+    """Exponents g of level ~ width^-g."""
+    shares: tuple[float, ...] = (0.05, 0.1, 0.2)
+    """Differences of the share of a member's heads that rise."""
+    widths: tuple[int, ...] = ()
+    """Widths of the sweep to be. Default: those of the pilot."""
+    power: float = 0.8
+    """Chance of seeing what is there."""
+    level: float = 0.05
+    """Chance of seeing what is not there: level of the two-sided test."""
+
+    def __post_init__(self) -> None:
+        for name in ("exponents", "shares"):
+            for value in getattr(self, name):
+                require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
+        for value in self.shares:
+            require(value < 1, "shares", value, "below 1")
+        require(len(set(self.widths)) == len(self.widths), "widths", self.widths, "without repeats")
+        require(not self.widths or len(self.widths) >= MIN_WIDTHS, "widths", self.widths, f"at least {MIN_WIDTHS}")
+        require(all(width >= 1 for width in self.widths), "widths", self.widths, "at least 1 each")
+        require(0 < self.level < 1, "level", self.level, "in (0, 1)")
+        require(self.level < self.power < 1, "power", self.power, f"above level = {self.level:g} and below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scatter:
+    """Standard deviation within settings, pooled, on `freedom` degrees; `high`: upper end of its 90% interval."""
+
+    deviation: float
+    freedom: int
+
+    @property
+    def high(self) -> float:
+        """By chi-square: a pilot of few members does not know its own scatter well."""
+        return self.deviation * math.sqrt(self.freedom / float(stats.chi2.ppf((1 - CONFIDENCE) / 2, self.freedom)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pilot:
+    """What members of a sweep scatter by. reached: share of finished members with a detector; None where a scatter
+    cannot be told."""
+
+    widths: tuple[int, ...]
+    members: int
+    settings: int
+    reached: float
+    log_level: Scatter | None
+    share: Scatter | None
+
+
+def read_pilot(sweep: Sweep, analysis: Analysis) -> Pilot:
+    """Scatter of log levels, and of the share of a member's heads that rose, within points of the sweep."""
+    axes, table = list(sweep.axis_names), analysis.members
+    finished = table[table["outcome"] == "finished"] if len(table) else table
+    if finished.empty:
+        raise ValueError(f"sweep: {sweep.id} has no finished member to plan from")
+    heads = analysis.heads[analysis.heads["relation"] == sweep.system.relation]
+    share = heads["status"].isin(RISEN).groupby(heads["member_id"]).mean()
+    shares = finished["member_id"].map(share)
+    levels = np.log(finished["level"].where(finished["level"] > 0))
+    within = [finished[name] for name in axes]
+    return Pilot(
+        widths=tuple(sorted(int(width) for width in finished["width"].unique())),
+        members=len(finished),
+        settings=finished.groupby(axes).ngroups,
+        reached=float(finished["level"].notna().mean()),
+        log_level=pooled(levels, within),
+        share=pooled(shares, within),
+    )
+
+
+def pooled(values: pd.Series, within: Sequence[pd.Series]) -> Scatter | None:
+    """Standard deviation about the means of groups; None where no group has two values, or all are equal."""
+    known = values.dropna()
+    groups = known.groupby([each.loc[known.index] for each in within])
+    freedom = int((groups.size() - 1).sum()) if len(known) else 0
+    if freedom < 1:
+        return None
+    squares = float((groups.var(ddof=1).fillna(0.0) * (groups.size() - 1)).sum())
+    return Scatter(deviation=math.sqrt(squares / freedom), freedom=freedom) if squares > 0 else None
+
+
+def slope_design(widths: Sequence[float], seeds: int) -> tuple[float, float]:
+    """Standard error of the slope on log width in units of the scatter, and Satterthwaite's degrees of freedom of its
+    sandwich with residuals enlarged by leverage (CR2, a member a cluster), at `seeds` members a width."""
+    x = np.repeat(np.log(np.asarray(widths, dtype=np.float64)), seeds)
+    x = x - x.mean()
+    n, spread = x.size, float(x @ x)
+    leverage = 1 / n + x**2 / spread
+    weight = x / spread / np.sqrt(1 - leverage)  # of an enlarged residual in the slope
+    # tr and tr of the square of diag(w) (I - H) diag(w), H = 1 1'/n + x x'/spread
+    squares = weight**2
+    trace = float(squares @ (1 - leverage))
+    cross = (
+        squares.sum() ** 2 / n**2 + 2 * float(squares @ x) ** 2 / (n * spread) + float(squares @ x**2) ** 2 / spread**2
+    )
+    square = float(squares @ (squares * (1 - 2 * leverage))) + cross
+    return 1 / math.sqrt(spread), trace**2 / square
+
+
+def slope_power(exponent: float, scatter: float, widths: Sequence[float], seeds: int, level: float) -> float:
+    """Power of the two-sided test of an exponent, at `seeds` members a width that all get there."""
+    if seeds * len(widths) < max(MIN_CLUSTERS, 3) or seeds < 2:
+        return 0.0
+    error, freedom = slope_design(widths, seeds)
+    return t_power(exponent / (error * scatter), freedom, level)
+
+
+def mean_power(difference: float, scatter: float, seeds: int, level: float) -> float:
+    """Power of the two-sided t test of a difference of two means of `seeds` members each."""
+    return t_power(difference / (scatter * math.sqrt(2 / seeds)), 2 * seeds - 2, level) if seeds > 1 else 0.0
+
+
+def t_power(shift: float, freedom: float, level: float) -> float:
+    """P(|t'| > t_{1 - level/2}) of a noncentral t."""
+    edge = float(stats.t.ppf(1 - level / 2, freedom))
+    return float(stats.nct.sf(edge, freedom, shift) + stats.nct.cdf(-edge, freedom, shift))
+
+
+def least_seeds(power: Callable[[int], float], wanted: float) -> int | None:
+    """The least number of seeds with the power wanted; None above MOST_SEEDS. Power grows with seeds."""
+    high = 2
+    while power(high) < wanted:
+        high *= 2
+        if high > MOST_SEEDS:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle) >= wanted else (middle, high)
+    return high
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """Seeds at each width or setting, at the pilot's scatter and at the upper end of its interval; None: too many."""
+
+    what: str
+    seeds: int | None
+    cautious: int | None
+
+
+def needs(pilot: Pilot, options: PlanOptions) -> list[Need]:
+    """One for each exponent and difference that the pilot can speak of."""
+    found = list[Need]()
+    widths, level, share = options.widths or pilot.widths, pilot.log_level, pilot.share
+    if level is not None and len(widths) >= MIN_WIDTHS:
+        over = ", ".join(map(str, widths))
+        for exponent in options.exponents:
+            plan = [_slope_seeds(exponent, s, widths, pilot.reached, options) for s in (level.deviation, level.high)]
+            what = f"level ~ width^-g with g = {exponent:g}, over widths {over}"
+            found.append(Need(what=what, seeds=plan[0], cautious=plan[1]))
+    if share is not None:
+        for difference in options.shares:
+            plan = [_share_seeds(difference, s, options) for s in (share.deviation, share.high)]
+            what = f"share of heads that rise, {difference:.0%} apart between two settings"
+            found.append(Need(what=what, seeds=plan[0], cautious=plan[1]))
+    return found
+
+
+def _slope_seeds(
+    exponent: float, scatter: float, widths: Sequence[float], reached: float, options: PlanOptions
+) -> int | None:
+    """Enlarged by those that never get there."""
+    seeds = least_seeds(lambda n: slope_power(exponent, scatter, widths, n, options.level), options.power)
+    return None if seeds is None else math.ceil(seeds / reached)
+
+
+def _share_seeds(difference: float, scatter: float, options: PlanOptions) -> int | None:
+    return least_seeds(lambda n: mean_power(difference, scatter, n, options.level), options.power)
+
+
+def lacking(pilot: Pilot, options: PlanOptions) -> list[str]:
+    """What cannot be planned, with the reason."""
+    found = []
+    widths = options.widths or pilot.widths
+    if len(widths) < MIN_WIDTHS:
+        found.append(
+            f"exponents: {plural(len(widths), 'width')}, and a law takes {MIN_WIDTHS}; name more with --widths"
+        )
+    if pilot.log_level is None:
+        found.append("exponents: no point of the pilot has two members with a detector, so their scatter is not known")
+    if pilot.share is None:
+        found.append("shares: no point of the pilot has two members that differ in the share of heads that rose")
+    return found
+
+
+def plan_command(arguments: Sequence[str], console: Console) -> int:
+    """`headway plan`."""
+    name, options = named(arguments, PlanOptions(), "headway plan", PLAN_HELP)
+    desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
+    pilot = read_pilot(sweep, load_analysis(desk.client, parent.info.run_id))
+    console.print(
+        f"pilot {escape(sweep.id)}: {plural(pilot.members, 'finished member')} at {plural(pilot.settings, 'setting')}; "
+        f"{pilot.reached:.0%} have a detector"
+    )
+    for words, scatter in (("log level of the best detector", pilot.log_level),
+                           ("share of heads that rise", pilot.share)):  # fmt: skip
+        if scatter is not None:
+            console.print(
+                f"  {words}: standard deviation {number_text(scatter.deviation, '.3g')} within a setting, "
+                f"{scatter.freedom} degrees of freedom (up to {number_text(scatter.high, '.3g')} with 95% confidence)",
+                soft_wrap=True,
+            )
+    table = Table("to see", "seeds each", "to be on the safe side")
+    for need in needs(pilot, options):
+        table.add_row(need.what, seeds_text(need.seeds), seeds_text(need.cautious))
+    if table.rows:
+        console.print(table)
+        console.print(
+            f"seeds at each width or setting for power {options.power:.0%} in a two-sided test at {options.level:.0%}; "
+            "on the safe side: should the scatter be as large as the pilot allows",
+            soft_wrap=True,
+        )
+    for text in lacking(pilot, options):
+        console.print(f"not planned: {text}", soft_wrap=True)
+    if RATE in sweep.axes:
+        console.print("several learning rates: the scatter is pooled over them, and each rate needs its own seeds")
+    return 0 if table.rows else 1
+
+
+def seeds_text(seeds: int | None) -> str:
+    """A number of seeds."""
+    return f"over {MOST_SEEDS:,}" if seeds is None else f"{seeds:,}"
