@@ -48,6 +48,7 @@ SETTINGS = LLCSettings(
     n_beta=30.0, gamma=200.0, step_size=1e-3, chains=4, draws=200, burn_in=0, sensitivity=False, check_every=0
 )
 MINIBATCH, EXAMPLES = 32, 1024
+CURVED = 256  # examples whose Hessian is taken
 DEVINTERP, WHOLE, FULL, KEPT = (
     "devinterp",
     "whole model, all gradients",
@@ -136,6 +137,10 @@ class Plain:
         for name in HEAD:
             masks[f"{self.layer}.{name}"][self.places[0][1]] = True
         return masks
+
+    def gradient(self) -> dict[str, Tensor]:
+        """Of no interest to the clock."""
+        return {name: torch.zeros_like(value) for name, value in self.centre.items()}
 
     def at(self, place: Tensor) -> PlacedPlain:
         """For chains at `place [C]`."""
@@ -369,6 +374,52 @@ def share_rows(found: Mapping[str, list[float]]) -> list[Row]:
     return rows
 
 
+# Curvature
+
+
+def curvature_rows(at: Checkpoint, chains: int) -> Iterator[Row]:
+    """What chains measure beside what the exact Hessian of the head would make of it, at several distances."""
+    for layer, head in ((0, 0), (1, 0)):
+        gradient, curvature = derivatives(at, layer, head)
+        values, vectors = np.linalg.eigh(curvature)
+        slopes = np.square(vectors.T @ gradient)
+        target = at.target(layer, [(0, head)])
+        for gamma in (100.0, 300.0, 1000.0, 10_000.0):
+            n_beta, eps = gamma / 3.0, 0.09 / gamma  # the same balance of loss and localisation at every distance
+            settings = LLCSettings(
+                n_beta=n_beta, gamma=gamma, step_size=eps, chains=chains, draws=200, burn_in=100, sensitivity=False
+            )
+            found = estimate_llcs(target, [0], settings, at_once=1 << 10)[0]
+            h = n_beta * values
+            stiff = h + gamma
+            quadratic = float(0.5 * (h / stiff).sum()) if stiff.min() > 0 else None
+            slope = float((slopes * n_beta**2 * (1.0 / stiff - 0.5 * h / stiff**2)).sum()) if stiff.min() > 0 else None
+            row: dict[str, object] = {"what": "curvature", "head": f"{layer}.{head}", "gamma": gamma, "n_beta": n_beta}
+            row |= {"distance": float((len(values) / gamma) ** 0.5), "measured": found.mean}
+            row |= {"standard error": found.sd / chains**0.5, "by the Hessian": quadratic, "its gradient takes": slope}
+            row |= {"largest curvature": float(values[-1]), "least": float(values[0]), "spread": found.spread}
+            yield row | {"sound": found.sound}
+
+
+def derivatives(at: Checkpoint, layer: int, head: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Gradient `[d]` and Hessian `[d, d]` of the mean loss by one head's weights of the first member, in float64."""
+    parameters = {name: value[:1].double().cpu() for name, value in at.parameters.items()}
+    inputs, targets = at.batch.inputs.double().cpu(), at.batch.targets.double().cpu()
+    B, N, _ = inputs.shape  # attention by lists of keys is spelt out; by all tokens it has first derivatives only
+    batch = Batch(inputs=inputs, targets=targets, keys=torch.arange(N).expand(B, N, N))
+    leaves = {name: parameters[f"{layer}.{name}"][0, head].clone().requires_grad_() for name in HEAD}
+    own = dict(parameters)
+    for name, leaf in leaves.items():
+        place = torch.zeros(1, MODEL.n_heads, 1, 1, dtype=torch.bool)
+        place[0, head] = True
+        own[f"{layer}.{name}"] = torch.where(place, leaf, parameters[f"{layer}.{name}"])
+    loss = at.system.loss(forward(own, MODEL, batch), batch).mean()
+    first = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(leaves.values()), create_graph=True)])
+    rows = [torch.autograd.grad(value, list(leaves.values()), retain_graph=True) for value in first]
+    hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    return first.detach().numpy(), (0.5 * (hessian + hessian.T)).numpy()
+
+
 # Agreement
 
 
@@ -394,7 +445,7 @@ class Whole:
     """A head's loss over all examples in each draw."""
 
     def __init__(self, target: HeadTarget) -> None:
-        self._target, self.centre = target, target.centre
+        self._target, self.centre, self.gradient = target, target.centre, target.gradient
 
     def at(self, place: Tensor) -> Any:
         """The same, its draws being all rows."""
@@ -409,7 +460,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.llc", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--parts", nargs="+", choices=("bias", "cost", "agreement"), default=["bias", "cost", "agreement"]
+        "--parts",
+        nargs="+",
+        choices=("bias", "curvature", "cost", "agreement"),
+        default=["bias", "curvature", "cost", "agreement"],
     )
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300, help="of training before the checkpoint")
@@ -426,11 +480,25 @@ def main() -> None:
     if "bias" in options.parts:
         write("llc-bias", list(bias_rows()), notes(options)[:1] + extra, device)
     rows: list[Row] = []
+    if "curvature" in options.parts:
+        whole = checkpoint(1, options.steps, device)
+        few = Batch(inputs=whole.batch.inputs[:CURVED], targets=whole.batch.targets[:CURVED])
+        found = list(curvature_rows(replace(whole, batch=few), 2 * options.chains))
+        write("llc-curvature", found, [CURVATURE, *extra], device)
     if {"cost", "agreement"} & set(options.parts):
         at = checkpoint(options.members, options.steps, device)
         rows += cost_rows(at, options) if "cost" in options.parts else []
         rows += list(agreement_rows(at, options.chains)) if "agreement" in options.parts else []
         write("llc", rows, notes(options)[1:] + extra, device)
+
+
+CURVATURE = (
+    "One member of width 32 after some hundred steps, 256 of its examples. gamma and n_beta grow together, so that the "
+    "balance of loss and localisation is the same and chains look at a ball that shrinks (distance: root of d / "
+    "gamma). `by the Hessian`: 1/2 sum n_beta h / (n_beta h + gamma) over all d curvatures h, exact where the loss is "
+    "quadratic within the ball (none where a negative h outweighs gamma); `its gradient takes`: by how much the slope "
+    "at the point lowers it."
+)
 
 
 def notes(options: argparse.Namespace) -> list[str]:
