@@ -59,6 +59,7 @@ def test_probe_steps():
         (NOISED, ModelConfig(width=48, heads=3, layers=1, parametrization="mup"), TRAIN),
         (MASKED, ModelConfig(width=64, heads=None, head_dim=16), dataclasses.replace(TRAIN, batch_size=32)),
         (MASKED, ModelConfig(width=20, heads=4, feedforward=3), dataclasses.replace(TRAIN, batch_size=3)),
+        (NOISED, dataclasses.replace(MODEL, splitting="strang"), TRAIN),
     ],
 )
 def test_a_member_follows_the_same_path_in_any_company(system, model, train):

@@ -24,6 +24,7 @@ from train.step import DIVERGED_LOSS, arithmetic
 MODEL = ModelConfig(width=16, layers=2, heads=2)
 NARROW = ModelConfig(width=8, layers=1, heads=2)
 MUP = ModelConfig(width=16, layers=1, heads=2, parametrization="mup", base_width=8)
+STRANG = ModelConfig(width=8, layers=1, heads=2, splitting="strang")
 TRAIN = TrainConfig(steps=12, batch_size=5, learning_rate=3e-3)
 SGD = dataclasses.replace(TRAIN, optimizer="sgd", learning_rate=1e-2)
 DOUBLE = dataclasses.replace(TRAIN, precision="float64")
@@ -162,6 +163,7 @@ RECORDED = {
     "everything": (NOISED, dataclasses.replace(TRAIN, warmup=6, clip=0.5, weight_decay=0.1), MUP),
     "sgd, everything": (MASKED, dataclasses.replace(SGD, warmup=20, clip=0.5, weight_decay=0.1), MUP),
     "float64": (NOISED, DOUBLE, NARROW),
+    "strang": (MASKED, TRAIN, STRANG),
     "bf16": (MASKED, dataclasses.replace(TRAIN, precision="bf16"), NARROW),
     "particles": (ParticleSystem(box=ParticleBox(n=9, radius=0.09)), TRAIN, NARROW),
 }

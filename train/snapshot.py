@@ -91,7 +91,7 @@ class Snapshot:
             reading = look(self.parameters, self.model, index, x, batch)
             patterns.append(reading.pattern)
             if index + 1 < self.layers:
-                x = finish_layer(self.parameters, index, x, reading.merged())
+                x = finish_layer(self.parameters, self.model, index, reading.stream, reading.merged())
         return torch.stack(patterns, dim=1).transpose(2, 3)
 
     @torch.no_grad()
@@ -108,7 +108,8 @@ class Snapshot:
                 continue
             first = index == lowest
             reading = self._reading(batch, index) if first else look(self.parameters, self.model, index, x, batch)
-            x = finish_layer(self.parameters, index, x, reading.merged(batch, edits[index]))
+            merged = reading.merged(batch, edits[index])
+            x = finish_layer(self.parameters, self.model, index, reading.stream, merged)
         return unembed(self.parameters, x)
 
     def _reading(self, batch: Batch, index: int) -> Reading:
