@@ -60,6 +60,8 @@ def test_probe_steps():
         (MASKED, ModelConfig(width=64, heads=None, head_dim=16), dataclasses.replace(TRAIN, batch_size=32)),
         (MASKED, ModelConfig(width=20, heads=4, feedforward=3), dataclasses.replace(TRAIN, batch_size=3)),
         (NOISED, dataclasses.replace(MODEL, splitting="strang"), TRAIN),
+        (NOISED, dataclasses.replace(MODEL, attention="local", neighbours=3), TRAIN),
+        (MASKED, ModelConfig(width=32, attention="local", neighbours=4), dataclasses.replace(TRAIN, batch_size=32)),
     ],
 )
 def test_a_member_follows_the_same_path_in_any_company(system, model, train):

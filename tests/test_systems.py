@@ -228,6 +228,14 @@ def test_keys_gather_the_full_relations(system, batch, some):
         assert torch.equal(system.distance(batch.geometry, keys), gather_pairs(apart, keys))
 
 
+def test_distances_to_keys_that_all_queries_share(system, batch):
+    boxes = len(batch.inputs)
+    apart = system.distance(batch.geometry, None)
+    if apart is not None:
+        some = torch.tensor([4, 0, 2]).expand(boxes, 1, 3)
+        assert torch.equal(system.distance(batch.geometry, some), apart[..., [4, 0, 2]])
+
+
 def test_padding_changes_nothing(system, batch):
     """Two more tokens full of nonsense, masked out."""
     boxes, n = batch.inputs.shape[:2]

@@ -13,6 +13,7 @@ from sim.checks import require, require_number, require_one_of
 Optimizer = Literal["adam", "sgd"]
 Parametrization = Literal["standard", "mup"]
 Splitting = Literal["lie", "strang"]
+Attention = Literal["global", "local"]
 Precision = Literal["float32", "float64", "tf32", "bf16"]
 
 
@@ -44,17 +45,22 @@ class ModelConfig:
     """Factor on what attention adds to the stream."""
     feedforward_residual: float | None = None
     """Factor on what each feed-forward adds to the stream. None: 1 under `lie`, 1/2 under `strang`."""
+    attention: Attention = "global"
+    """What a token attends to: `global` all that the system shows it, `local` the nearest of these, itself included."""
+    neighbours: int = 8
+    """How many nearest under `local`; all where there are not so many. Not read under `global`."""
     parametrization: Parametrization = "standard"
     """`mup` scales initialisation and learning rates with width so that wide and narrow nets move alike."""
     base_width: int = 32
     """The width at which `mup` and `standard` are the same network."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "feedforward", "base_width"):
+        for name in ("width", "layers", "feedforward", "neighbours", "base_width"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require_finite(self)
         require_one_of("parametrization", self.parametrization, get_args(Parametrization))
         require_one_of("splitting", self.splitting, get_args(Splitting))
+        require_one_of("attention", self.attention, get_args(Attention))
         given = "head_dim" if self.heads is None else "heads"
         parts = self.head_dim if self.heads is None else self.heads
         require(
@@ -86,6 +92,11 @@ class ModelConfig:
     def d_head(self) -> int:
         """Size of one head."""
         return self.width // self.n_heads
+
+    @property
+    def reach(self) -> int | None:
+        """The most keys that a token attends to; None: all."""
+        return self.neighbours if self.attention == "local" else None
 
     @property
     def feedforward_factor(self) -> float:
