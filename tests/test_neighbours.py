@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_leaves
 from cluster.pack import build_probes, make_pool
 from cluster.sizing import activation_bytes
 from cluster.sweep import DataConfig, ProbeConfig, Sweep, packs, validate
+from sim import neighbours
 from sim.generator import Generator
 from sim.particles import ParticleBox, ParticleSystem
 from sim.pool import Pool
 from sim.system import gather_keys
 from tests.test_step import TRAIN, trainer
 from tests.toys import EnumeratedToy, MaskedToy, NoisedToy
-from train import neighbours
 from train.config import ModelConfig
 from train.model import forward, initial, visible_keys
 from train.neighbours import nearest, tokens_and_keys, with_keys

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from sim.checks import require
 from sim.generator import Generator
+from sim.neighbours import nearest_keys
 from sim.system import Batch, Rows, System
 from train.config import ModelConfig
 from train.model import visible_keys
-
-PAIRS_AT_ONCE = 1 << 20  # whose distances are known at one time: a few MB for each number that a distance takes
 
 
 def draw(system: System, model: ModelConfig, rows: Rows, generator: Generator) -> Batch:
@@ -46,28 +45,23 @@ def tokens_and_keys(system: System, model: ModelConfig, rows: Rows) -> tuple[int
 def nearest(system: System, batch: Batch, k: int) -> Batch:
     """The batch with keys `[..., N, k]`: each token's k nearest visible keys, itself among them, nearest first.
 
-    Where fewer are visible the rest are hidden keys, which stay hidden. All pairs are looked at, some keys at a time:
-    N^2 in time, N k in memory. Asks the host nothing.
+    Where fewer are visible the rest are hidden keys, which stay hidden.
     """
     if batch.keys is not None:
-        apart = _hide(_distance(system, batch, batch.keys), visible_keys(batch))
-        best = torch.topk(apart, k, dim=-1, largest=False).indices
+        r = _hide(_distance(system, batch, batch.keys), visible_keys(batch))
+        best = torch.topk(r, k, dim=-1, largest=False).indices
         allowed = None if batch.allowed is None else torch.gather(batch.allowed, -1, best)
         return replace(batch, keys=torch.gather(batch.keys, -1, best), allowed=allowed)
-    lead, n = batch.inputs.shape[:-2], batch.inputs.shape[-2]
-    at_once = max(k, PAIRS_AT_ONCE // max(1, batch.inputs[..., 0].numel()))
-    visible = visible_keys(batch)
-    if at_once >= n:
-        keys = torch.topk(_hide(_distance(system, batch, None), visible), k, dim=-1, largest=False).indices
-    else:
-        tokens = torch.arange(n, device=batch.inputs.device).expand(*lead, 1, n)
-        found: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, n, at_once):
-            cut = (..., slice(start, start + at_once))
-            some = tokens[cut]
-            apart = _hide(_distance(system, batch, some), None if visible is None else visible[cut])
-            found = [_merge([*found, (apart, some.expand_as(apart))], min(k, start + some.shape[-1]))]
-        keys = found[0][1]
+    tokens, visible = batch.inputs[..., 0], visible_keys(batch)
+    *lead, n = tokens.shape
+
+    def apart(keys: Tensor | None) -> Tensor:
+        seen = visible
+        if seen is not None and keys is not None:
+            seen = torch.gather(seen.expand(*lead, -1, n), -1, keys.expand(*lead, seen.shape[-2], -1))
+        return _hide(_distance(system, batch, keys), seen)
+
+    keys = nearest_keys(apart, lead, tokens, k)
     allowed = None if batch.allowed is None else torch.gather(batch.allowed.expand(*lead, n, n), -1, keys)
     return replace(batch, keys=keys, allowed=allowed)
 
@@ -82,10 +76,3 @@ def _distance(system: System, batch: Batch, keys: Tensor | None) -> Tensor:
 
 def _hide(apart: Tensor, visible: Tensor | None) -> Tensor:
     return apart if visible is None else torch.where(visible, apart, torch.inf)
-
-
-def _merge(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest of several lists of distances and tokens `[..., N, C]`."""
-    apart, tokens = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-    near = torch.topk(apart, k, dim=-1, largest=False)
-    return near.values, torch.gather(tokens, -1, near.indices)
