@@ -60,7 +60,7 @@ def residual(swimmers: Swimmers, noise: float) -> Tensor:
     a, one = stiffness(swimmers), torch.ones(2, dtype=torch.float64)
     rows = (-a / (eps or 1.0), swimmers.speed / (eps or 1.0) * one, 0 * one, -one)
     shift = torch.stack(rows, -1).view(2, 2, 2)
-    matrices = -torch.linalg.inv(covariance(swimmers, noise)) - shift
+    matrices: Tensor = -torch.linalg.inv(covariance(swimmers, noise)) - shift
     return matrices if eps > 0 else matrices[:, 1:]
 
 

@@ -23,7 +23,7 @@ from sim.system import gather_keys
 ALL_PAIRS = 256  # particles up to which every pair is looked at; beyond, lists of neighbours
 CROWD = 64  # neighbours in a list
 SKIN = 1.0  # by which lists reach farther than the force, in radii: they hold until particles have moved half of it
-FADED = 20.0  # a soft contact is over where its exponential is below e^-20
+FADED = 14.0  # a soft contact is over where its exponential is below e^-14
 AT_ONCE = 64  # steps whose random numbers are drawn together
 
 

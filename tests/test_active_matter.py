@@ -215,16 +215,16 @@ def test_a_trained_network_has_the_entropy_production_of_the_linear_system():
 @pytest.mark.slow
 def test_a_trained_network_agrees_with_the_identity_that_needs_no_score():
     """Soft particles, where the score is not known: entropy production by the network and by <g F>."""
-    swimmers = dataclasses.replace(SOFT, n=4, trap=0.5, speed=0.5, turning=0.5)
-    system = ActiveMatter(swimmers=swimmers, noise=0.03, relax=8.0, spacing=2.0, rows_per_trajectory=8)
-    pool = Pool.make(system, 0, {"train": 8192, "validation": 4096})
+    swimmers = Swimmers(n=3, spring=0.0, repulsion=1.0, sharpness=2.0, time_step=0.02)
+    system = ActiveMatter(swimmers=swimmers, relax=8.0, spacing=1.0, rows_per_trajectory=32)
+    pool = Pool.make(system, 0, {"train": 16384, "validation": 8192})
     fast = TrainConfig(learning_rate=3e-3, batch_size=96)
     state, _ = averaged(system, fast, pool, 500, 500)
-    _, network = averaged(system, dataclasses.replace(fast, learning_rate=1e-3), pool, 500, 100, state)
+    _, network = averaged(system, dataclasses.replace(fast, learning_rate=1e-3), pool, 600, 200, state)
     found = system.diagnose(network.predict, pool.parts["validation"], Generator.of("d"))
-    expected = float(found["entropy_production_expected"])
-    assert float(found["entropy_production"]) == pytest.approx(expected, rel=0.08)
-    assert expected < 0.95 * system._free_rate()  # contacts matter
+    assert float(found["entropy_production"]) == pytest.approx(float(found["entropy_production_expected"]), rel=0.06)
+    for name in ("flow", "drift", "force"):
+        assert abs(float(found[f"balance_{name}"])) < 0.06, name
 
 
 def test_a_network_moves_to_another_number_and_density_of_particles():
