@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from cluster.pack import probe_batch
+from cluster.recipes import RECIPES
+from cluster.report import shared_floors
 from cluster.sweep import Sweep
 from sim import linear_swimmers
 from sim.active_matter import ActiveMatter, Swimmers
@@ -237,3 +239,10 @@ def test_a_network_moves_to_another_number_and_density_of_particles():
     found = other.diagnose(nothing(other), rows, Generator.of("d"))
     assert found["entropy_production"] == 0
     assert found["entropy_production_expected"] > 0
+
+
+def test_a_figure_shows_floors_that_all_members_share():
+    sweep = RECIPES["active-matter"]()
+    assert shared_floors(sweep).without_attention is None
+    for other in (dataclasses.replace(sweep, axes={}), dataclasses.replace(sweep, axes={"system.relax": (1.0, 2.0)})):
+        assert shared_floors(other) == sweep.system.floors()
