@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from sim.active_matter import ActiveMatter, Swimmers
 from sim.generator import Generator
 from sim.particles import ParticleBox, ParticleSystem
 from sim.pool import Pool
@@ -30,6 +31,8 @@ TRAIN = TrainConfig(steps=12, batch_size=5, learning_rate=3e-3)
 SGD = dataclasses.replace(TRAIN, optimizer="sgd", learning_rate=1e-2)
 DOUBLE = dataclasses.replace(TRAIN, precision="float64")
 MASKED, NOISED = MaskedToy(), NoisedToy()
+SWIMMERS = Swimmers(n=6, trap=0.0, spring=0.0, repulsion=2.5, packing=0.4, time_step=0.02)
+BOX = ActiveMatter(swimmers=SWIMMERS, relax=1.0, spacing=0.2)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -169,6 +172,8 @@ RECORDED = {
     "bf16": (MASKED, dataclasses.replace(TRAIN, precision="bf16"), NARROW),
     "particles": (ParticleSystem(box=ParticleBox(n=9, radius=0.09)), TRAIN, NARROW),
     "particles, local": (ParticleSystem(box=ParticleBox(n=9, radius=0.09)), TRAIN, LOCAL),
+    "active matter": (ActiveMatter(), dataclasses.replace(TRAIN, batch_size=6), NARROW),
+    "active matter, local": (BOX, TRAIN, LOCAL),
 }
 each_recorded = pytest.mark.parametrize(("system", "train", "model"), RECORDED.values(), ids=RECORDED)
 
