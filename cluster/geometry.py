@@ -209,9 +209,8 @@ def change(batch: Batch, call: Callable[[Tensor], Tensor]) -> Batch:
 def make_examples(config: MemberConfig, pool: Pool, count: int) -> dict[Tokens, Examples]:
     """The first examples of the probe set, drawn once; for `related` those with a related token, and these tokens."""
     rows = pool.parts["probe"]
-    made = probe_batch(
-        config.system, rows.take(slice(0, count)), Generator.of("geometry", config.data.seed, device=rows.device)
-    )
+    stream = Generator.of("geometry", config.data.seed, device=rows.device)
+    made = probe_batch(config, rows.take(slice(0, count)), stream)
     batch, related = cast(Batch, made.batch), made.groups["related"]
     some = related.any(-1)
     return {

@@ -35,6 +35,7 @@ from train import checkpoint
 from train.checkpoint import Files
 from train.loop import Trainer, even_cuts, fitting
 from train.model import tensor_specs
+from train.neighbours import draw
 from train.snapshot import Snapshot
 from train.state import State, join, unflatten
 
@@ -71,7 +72,7 @@ class Sink(Protocol):
 
 
 def build_probes(config: MemberConfig, pool: Pool) -> tuple[Probe, ...]:
-    """All probes over the frozen probe set: the same for every member that shares the pool.
+    """All probes over the frozen probe set: the same for every member that shares the pool and attends as far.
 
     Costly probes see the first `sparse_examples` of each replicate.
     """
@@ -80,7 +81,7 @@ def build_probes(config: MemberConfig, pool: Pool) -> tuple[Probe, ...]:
 
     def replicates(examples: int) -> tuple[ProbeBatch, ...]:
         return tuple(
-            probe_batch(config.system, rows.take(slice(r * size, r * size + examples)), stream.fold(r))
+            probe_batch(config, rows.take(slice(r * size, r * size + examples)), stream.fold(r))
             for r in range(config.probe.replicates)
         )
 
@@ -89,9 +90,10 @@ def build_probes(config: MemberConfig, pool: Pool) -> tuple[Probe, ...]:
     return tuple(probe for probe in made if probe is not None)
 
 
-def probe_batch(system: System, rows: Rows, generator: Generator) -> ProbeBatch:
+def probe_batch(config: MemberConfig, rows: Rows, generator: Generator) -> ProbeBatch:
     """One replicate; tokens are grouped by whether they have a partner in the relation that the sweep is judged by."""
-    batch = system.draw(rows, generator)
+    system = config.system
+    batch = draw(system, config.model, rows, generator)
     relations = system.relations(batch.geometry, batch.keys)
     related = relations[system.relation].any(-1)
     real = torch.ones_like(related) if batch.mask is None else batch.mask
@@ -152,7 +154,7 @@ class PackRun:
         self.cuts = even_cuts(len(pack.members), at_once)
         self.validation = pool.parts["validation"]
         self.stream = Generator.of("validation", config.data.seed, device=self.validation.device)
-        self.validation_batch = config.system.draw(self.validation, self.stream)
+        self.validation_batch = draw(config.system, config.model, self.validation, self.stream)
 
     def run(self) -> None:
         """Train, probe at every probe step not yet on record, hand the tables to the sink."""

@@ -22,10 +22,12 @@ from sim.generator import Generator
 from sim.system import Batch, System
 from train.config import ModelConfig
 from train.model import visible_keys
+from train.neighbours import draw
 from train.snapshot import Snapshot
 
 EXAMPLES, TRAIN_ROWS = 32, 256  # drawn afresh: examples to choose from, rows to standardise with
 PAIRS = 3  # related pairs that an example should have: something to see, and no crowd
+MOST_TOKENS = 256  # that a picture still shows one by one
 MOST_LINES = 4000  # of attention in one panel
 LEAST_WEIGHT = 0.02  # of attention that is drawn
 BLUE, RELATED, FREE, BAND = "#0B4F8A", "#FCE7BC", "#F1F3F4", "#F6C667"
@@ -53,15 +55,17 @@ def make_scene(
 ) -> Scene | None:
     """The fresh example whose number of related pairs is closest to 3, chosen before the attention is known.
 
-    None where the system's tokens have no place in the plane, or no example has a related pair.
+    None where the system's tokens have no place in the plane or are too many, or no example has a related pair.
     """
     stream = Generator.of("report", 0)
     statistics = system.statistics(system.rows("train", TRAIN_ROWS, stream))
     rows = replace(system.rows("probe", EXAMPLES, stream), statistics=statistics)
     dtype = torch.as_tensor(next(iter(weights.values()))).dtype
-    batch = system.draw(rows.to("cpu", dtype), stream.fold("draw"))
+    batch = draw(system, model, rows.to("cpu", dtype), stream.fold("draw"))
     positions = batch.geometry.get("positions")
     if positions is None or positions.dim() != 3 or positions.shape[-1] != 2:
+        return None
+    if positions.shape[-2] > MOST_TOKENS:
         return None
     links = system.relations(batch.geometry, batch.keys)[relation].sum((1, 2))
     if not links.any():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cluster.encoding import decode, encode
 from cluster.outside import find_named, require_system, told
-from cluster.sweep import DataConfig, Sweep
+from cluster.sweep import DataConfig, ProbeConfig, Sweep
+from sim.active_matter import ActiveMatter, Swimmers
 from sim.checks import require
 from train.config import ModelConfig, TrainConfig
 
@@ -55,7 +56,66 @@ def tiny() -> Sweep:
     )
 
 
-RECIPES: dict[str, Callable[[], Sweep]] = {recipe.__name__: recipe for recipe in (quick, width, tiny)}
+def architectures() -> Sweep:
+    """Lie and Strang splitting, global and local attention (6 of 16 particles), on the particle box; eight seeds, which
+    see the same rows in the same order under all four."""
+    parent = quick()
+    return replace(
+        parent,
+        name="architectures",
+        widths=(32,),
+        seeds=8,
+        axes={"model.splitting": ("lie", "strang"), "model.attention": ("global", "local")},
+        data=replace(parent.data, order="seed"),
+        model=replace(parent.model, neighbours=6),
+    )
+
+
+def active_matter() -> Sweep:
+    """Scores of eight swimmers tied by springs, whose density is Gaussian, and of eight that repel each other too; four
+    seeds each, some minutes on two cores."""
+    return Sweep(
+        name="active-matter",
+        widths=(32,),
+        seeds=4,
+        axes={"system.swimmers.repulsion": (0.0, 2.5)},
+        system=ActiveMatter(swimmers=Swimmers(time_step=0.01), relax=10.0, spacing=2.0),
+        data=DataConfig(rows=8192, validation_rows=1024),
+        model=ModelConfig(layers=2, heads=4),
+        train=TrainConfig(steps=2000, batch_size=64, learning_rate=1e-3),
+    )
+
+
+def active_matter_mips() -> Sweep:
+    """4,096 swimmers without diffusion that gather in clusters, each seeing its 64 nearest: for a GPU. Their pool takes
+    minutes on a core; its clusters still grow, so that what is zero in a stationary state is not quite."""
+    swimmers = Swimmers(
+        n=4096,
+        packing=0.5,
+        speed=0.025,
+        turning=1e-4,
+        diffusion=0.0,
+        trap=0.0,
+        spring=0.0,
+        repulsion=1.0,
+        time_step=0.1,
+    )
+    return Sweep(
+        name="active-matter-mips",
+        widths=(64,),
+        seeds=2,
+        system=ActiveMatter(swimmers=swimmers, noise=0.01, relax=100.0, spacing=5.0, rows_per_trajectory=32),
+        data=DataConfig(rows=128, validation_rows=4),
+        model=ModelConfig(layers=2, heads=4, attention="local", neighbours=64),
+        train=TrainConfig(steps=4000, batch_size=4, learning_rate=3e-4),
+        probe=ProbeConfig(replicates=2, examples=1, sparse_examples=1),
+    )
+
+
+RECIPES: dict[str, Callable[[], Sweep]] = {
+    recipe.__name__.replace("_", "-"): recipe
+    for recipe in (quick, width, tiny, architectures, active_matter, active_matter_mips)
+}
 
 
 def load_sweep(source: str) -> Sweep:

@@ -33,6 +33,7 @@ from cluster.widths import draw_widths, level_spots, t50_spots
 from probes.ablation import LEAST_SHARE
 from probes.emergence import LEVEL_LIFT, START_LIFT
 from sim.checks import require
+from sim.system import Floors
 
 PANELS = 24 + LAW_PANELS + GEOMETRY_PANELS + OWN_PANELS
 FIXED_PANELS = 7 + LAW_PANELS + GEOMETRY_PANELS + OWN_PANELS  # losses 1, times against width 4, box 2
@@ -257,7 +258,7 @@ class Drawing:
             f"{f'{count} of {total:,}' if total > count else 'All'} finished members. Lines: loss on held-out "
             "examples; dots: mean training loss since the last probe. Dashed: losses of reference predictors."
         )
-        figure = figures.draw_losses(self.shown.runs, self.sweep.system.floors())
+        figure = figures.draw_losses(self.shown.runs, shared_floors(self.sweep))
         section.pictures = [self.picture("losses", figure, caption, "Held-out and training loss against step")]
         return section
 
@@ -402,3 +403,16 @@ class Drawing:
         figure = figures.draw_worth(portraits)
         section.pictures = [self.picture("worth", figure, caption, "Worth of each head's looking over training")]
         return section
+
+
+def shared_floors(sweep: Sweep) -> Floors:
+    """Losses of reference predictors; without those that differ, or are not known, along an axis of the system."""
+    floors = sweep.system.floors()
+    if not any(name.startswith("system.") for name in sweep.axes):
+        return floors
+    every = [system.floors() for system in {member.config.system for member in sweep.members()}]
+    known = {
+        name: getattr(floors, name) if len({getattr(each, name) for each in every}) == 1 else None
+        for name in ("without_attention", "optimum")
+    }
+    return Floors(trivial=floors.trivial, **known)

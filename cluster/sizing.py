@@ -16,8 +16,10 @@ from sim.checks import require
 from sim.generator import Generator
 from sim.integrator import can_compile
 from sim.system import Rows, System
-from train.loop import CACHE, MEMBERS_AT_ONCE, free_memory, tokens_and_keys
+from train.config import ModelConfig
+from train.loop import CACHE, MEMBERS_AT_ONCE, free_memory
 from train.model import activations, count_parameters, tensor_specs
+from train.neighbours import tokens_and_keys
 
 SAFE = 0.5  # share of the free memory that a pack is sized to: sizes below are estimates
 MOST = {"cpu": MEMBERS_AT_ONCE, "cuda": 4096}
@@ -106,20 +108,27 @@ def table_bytes(config: MemberConfig) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _shape_of(system: System) -> tuple[int, int | None, int]:
-    """Tokens, keys and bytes of one training row of a system."""
+def _example(system: System) -> Rows:
+    """One training row of a system."""
     rows = system.rows("train", 1, Generator.of("example"))
-    size = sum(value.nbytes for value in rows.columns.values())
-    return *tokens_and_keys(system, Rows(columns=rows.columns, statistics=system.statistics(rows))), size
+    return Rows(columns=rows.columns, statistics=system.statistics(rows))
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape_of(system: System, model: ModelConfig) -> tuple[int, int | None]:
+    """Tokens and keys of a batch as the model sees it."""
+    return tokens_and_keys(system, model, _example(system))  # type: ignore[arg-type]  # systems are frozen dataclasses
 
 
 def activation_bytes(config: MemberConfig) -> int:
     """What one member keeps for the backward pass of a batch, or for the predictions of a probe."""
-    tokens, keys, _ = _shape_of(config.system)  # type: ignore[arg-type]  # systems are frozen dataclasses
+    tokens, keys = _shape_of(config.system, config.model)  # type: ignore[arg-type]
     examples = max(config.train.batch_size, config.probe.at_once)
     return examples * activations(config.model, tokens, keys) * config.train.dtype.itemsize
 
 
 def pool_bytes(config: MemberConfig) -> int:
     """Of the pool on the worker, and once more while it is taken from the object store."""
-    return 2 * sum(part_sizes(config).values()) * _shape_of(config.system)[2]  # type: ignore[arg-type]
+    example = _example(config.system)  # type: ignore[arg-type]
+    row = sum(value.nbytes for value in example.columns.values())
+    return 2 * sum(part_sizes(config).values()) * row

@@ -176,7 +176,7 @@ _kept: dict[tuple[Any, ...], tuple[Pool, tuple[Probe, ...]]] = {}
 
 def pool_and_probes(config: MemberConfig, pools: Mapping[str, Any], device: str) -> tuple[Pool, tuple[Probe, ...]]:
     """The pool on the device and the probes over its probe set; a worker keeps the last ones for its next pack."""
-    key = (pool_name(config), config.probe, config.train.dtype, device)
+    key = (pool_name(config), config.probe, config.model.reach, config.train.dtype, device)
     if key not in _kept:
         _kept.clear()
         pool = Pool.from_arrays(ray.get(pools[key[0]])).to(device, config.train.dtype)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from sim.active_matter import ActiveMatter
 from sim.particles import ParticleSystem
 from sim.system import System
 
-SYSTEMS: dict[str, type[System]] = {"particles": ParticleSystem}
+SYSTEMS: dict[str, type[System]] = {"particles": ParticleSystem, "active_matter": ActiveMatter}
 """The systems by name: the one place that lists them."""
 
 

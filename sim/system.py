@@ -61,7 +61,8 @@ class Batch:
     mask bool `[..., B, N]`: the real tokens (None: all);
     keys int64 `[..., B, N, K]`: what each token may attend to (None: all tokens, K = N);
     allowed bool `[..., B, N, K]`: which of the keys are visible (None: all);
-    geometry: named tensors `[..., B, ...]` that `relations` and `distance` read; may be empty on training batches.
+    geometry: named tensors `[..., B, ...]` that `distance` and `relations` read; what only `relations` reads may be
+    missing on training batches.
     """
 
     inputs: Tensor
@@ -117,7 +118,10 @@ class System(Protocol):
         """Named pair relations, bool `[B, N, K]`: whether i and its k-th key are related; False for i itself."""
 
     def distance(self, geometry: Mapping[str, Tensor], keys: Tensor | None) -> Tensor | None:
-        """Distance of i to its k-th key, `[B, N, K]`, periodic where the system is; None where there is none."""
+        """Distance of i to its k-th key, `[..., B, N, K]`, periodic where the system is; None where there is none.
+
+        keys `[..., B, 1, K]` are shared by all queries.
+        """
 
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
         """Loss per example, `[..., B]`, over the real tokens."""

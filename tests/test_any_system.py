@@ -18,23 +18,34 @@ from tests.toys import EnumeratedToy, MaskedToy, NoisedToy
 from train.config import ModelConfig, TrainConfig
 
 
-def sweep_of(system, precision="float32"):
+def sweep_of(system, precision="float32", **model):
     return Sweep(
         name="toy",
         widths=(8,),
         seeds=2,
         system=system,
         data=DataConfig(rows=64, validation_rows=8),
-        model=ModelConfig(heads=2, layers=2),
+        model=ModelConfig(heads=2, layers=2, **model),
         train=TrainConfig(steps=12, batch_size=4, precision=precision),
         probe=ProbeConfig(replicates=3, examples=8, sparse_examples=4),
     )
 
 
-@pytest.mark.parametrize("system", [MaskedToy(), EnumeratedToy(), NoisedToy()], ids=lambda toy: type(toy).__name__)
-@pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_a_toy_sweep_ends_on_a_page(system, precision, tmp_path):
-    sweep = sweep_of(system, precision)
+LOCAL = {"attention": "local", "neighbours": 3}
+
+
+@pytest.mark.parametrize(
+    ("system", "precision", "model"),
+    [
+        (MaskedToy(), "float32", {}),
+        (EnumeratedToy(), "float64", {}),
+        (NoisedToy(), "float32", {}),
+        (NoisedToy(), "float64", LOCAL),
+        (MaskedToy(), "float32", {**LOCAL, "splitting": "strang"}),
+    ],
+)
+def test_a_toy_sweep_ends_on_a_page(system, precision, model, tmp_path):
+    sweep = sweep_of(system, precision, **model)
     (pack,) = packs(validate(sweep), workers=1)
     pool, sink = make_pool(pack.config), Memory()
     run_pack(pack, pool, build_probes(pack.config, pool), sink, Pace(progress=1e9, checkpoint=1e9))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sim.active_matter import ActiveMatter
 from sim.generator import Generator
 from sim.particles import ParticleSystem
 from sim.pool import Pool
@@ -59,6 +60,9 @@ def test_probe_steps():
         (NOISED, ModelConfig(width=48, heads=3, layers=1, parametrization="mup"), TRAIN),
         (MASKED, ModelConfig(width=64, heads=None, head_dim=16), dataclasses.replace(TRAIN, batch_size=32)),
         (MASKED, ModelConfig(width=20, heads=4, feedforward=3), dataclasses.replace(TRAIN, batch_size=3)),
+        (NOISED, dataclasses.replace(MODEL, splitting="strang"), TRAIN),
+        (NOISED, dataclasses.replace(MODEL, attention="local", neighbours=3), TRAIN),
+        (MASKED, ModelConfig(width=32, attention="local", neighbours=4), dataclasses.replace(TRAIN, batch_size=32)),
     ],
 )
 def test_a_member_follows_the_same_path_in_any_company(system, model, train):
@@ -72,9 +76,16 @@ def test_a_member_follows_the_same_path_in_any_company(system, model, train):
             assert torch.equal(pack.tensors()[name][place], value[0]), (name, len(keys))
 
 
-def test_particles_follow_the_same_path_in_any_company():
-    system = ParticleSystem()
-    model, train = ModelConfig(width=32), dataclasses.replace(TRAIN, batch_size=16)
+@pytest.mark.parametrize(
+    ("system", "model"),
+    [
+        (ParticleSystem(), ModelConfig(width=32)),
+        (ParticleSystem(), ModelConfig(width=32, attention="local", neighbours=6, splitting="strang")),
+        (ActiveMatter(), ModelConfig(width=32)),
+    ],
+)
+def test_particles_follow_the_same_path_in_any_company(system, model):
+    train = dataclasses.replace(TRAIN, batch_size=16)
     alone, pack = (run(system, train, keys, model, steps=6) for keys in ((7,), (1, 7, 3)))
     assert torch.equal(alone.weights[0], pack.weights[1])
 

@@ -37,7 +37,11 @@ CONFIGS = [
     ModelConfig(width=12, layers=2, heads=3),
     ModelConfig(width=16, layers=1, heads=None, head_dim=4, feedforward=2),
     ModelConfig(width=24, layers=2, heads=2, parametrization="mup", base_width=12),
+    ModelConfig(width=12, layers=2, heads=3, splitting="strang"),
+    ModelConfig(width=12, layers=2, heads=2, splitting="strang", attention_residual=0.7, feedforward_residual=1.1),
 ]
+EITHER = [CONFIGS[0], CONFIGS[3]]
+each_splitting = pytest.mark.parametrize("config", EITHER, ids=["lie", "strang"])
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -56,8 +60,8 @@ def test_forward_and_gradient_equal_the_stock_model(config):
         torch.testing.assert_close(leaves[name].grad, expected, msg=name)
 
 
-def test_masks_hide_keys_as_in_the_stock_model():
-    config = CONFIGS[0]
+@each_splitting
+def test_masks_hide_keys_as_in_the_stock_model(config):
     models, parameters = references(config)
     g = torch.Generator().manual_seed(1)
     mask = torch.arange(N) < torch.tensor([6, 4, 3, 5])[:, None]
@@ -69,8 +73,9 @@ def test_masks_hide_keys_as_in_the_stock_model():
     torch.testing.assert_close(forward(parameters, config, batch)[:, mask], alone[:, mask])
 
 
-def test_local_keys_equal_hiding_all_others():
-    config, g = CONFIGS[0], torch.Generator().manual_seed(2)
+@each_splitting
+def test_local_keys_equal_hiding_all_others(config):
+    g = torch.Generator().manual_seed(2)
     _, parameters = references(config)
     keys = torch.stack([torch.randperm(N, generator=g)[:3] for _ in range(B * N)]).view(B, N, 3)
     allowed = torch.zeros(B, N, N, dtype=torch.bool).scatter(2, keys, True)
@@ -81,8 +86,8 @@ def test_local_keys_equal_hiding_all_others():
     torch.testing.assert_close(snapshot_of(config, parameters).attention(near), pattern.gather(-1, index))
 
 
-def test_permuting_tokens_permutes_predictions():
-    config = CONFIGS[0]
+@each_splitting
+def test_permuting_tokens_permutes_predictions(config):
     _, parameters = references(config)
     batch, order = random_batch(), torch.tensor([3, 1, 5, 0, 2, 4])
     moved = Batch(inputs=batch.inputs[:, order], targets=batch.targets)
@@ -103,15 +108,23 @@ def test_attention_rows_are_probabilities_and_hidden_keys_have_none():
     assert (attention[..., ~mask[:, None].expand(B, N, N)] == 0).all()
 
 
+def feed_by_hand(config, own, block, x):
+    if f"{block}.W1" not in own:
+        return x
+    y = F.layer_norm(x, (config.width,)) * own[f"{block}.norm2.scale"] + own[f"{block}.norm2.shift"]
+    added = F.gelu(y @ own[f"{block}.W1"] + own[f"{block}.b1"]) @ own[f"{block}.W2"] + own[f"{block}.b2"]
+    return x + added * (0.5 if config.splitting == "strang" else 1.0)
+
+
 class Edit:
     def __init__(self, layer, output=(), pattern=()):
         self.layer, self.output, self.pattern = layer, output, pattern
 
 
+@each_splitting
 @pytest.mark.parametrize("masked", [False, True])
-def test_interventions_equal_the_spelt_out_ones(masked):
+def test_interventions_equal_the_spelt_out_ones(masked, config):
     """Head contributions taken apart by hand, the mean one put in place of head 1; uniform attention for head 0."""
-    config = CONFIGS[0]
     _, parameters = references(config)
     mask = torch.arange(N) < torch.tensor([6, 4, 3, 5])[:, None] if masked else torch.ones(B, N, dtype=torch.bool)
     batch = random_batch(mask=mask if masked else None)
@@ -120,7 +133,7 @@ def test_interventions_equal_the_spelt_out_ones(masked):
     found = snapshot.predict(batch, (Edit(1, output=(1,), pattern=(0,)),))
     for s in range(3):
         own = {name: value[s] for name, value in parameters.items()}
-        x = snapshot._residual(batch, 1)[s]
+        x = feed_by_hand(config, own, "1.before", snapshot._residual(batch, 1)[s])
         y = F.layer_norm(x, (config.width,)) * own["1.norm1.scale"] + own["1.norm1.shift"]
         uniform = mask[:, None].double().expand(B, N, N) / mask.sum(-1)[:, None, None]
         said = []
@@ -129,15 +142,13 @@ def test_interventions_equal_the_spelt_out_ones(masked):
             said.append(pattern @ (y @ own["1.Wv"][h]) @ own["1.Wo"][h])
         said[1] = said[1][mask].mean(0).expand(B, N, -1)
         x = x + sum(said)
-        hidden = F.gelu((F.layer_norm(x, (config.width,)) * own["1.norm2.scale"] + own["1.norm2.shift"]) @ own["1.W1"]
-                        + own["1.b1"])  # fmt: skip
-        x = x + hidden @ own["1.W2"] + own["1.b2"]
+        x = feed_by_hand(config, own, "1", x)
         out = (F.layer_norm(x, (config.width,)) * own["norm.scale"] + own["norm.shift"]) @ own["unembed.W"]
         torch.testing.assert_close(found[s][mask], (out + own["unembed.b"])[mask])
 
 
-def test_an_empty_edit_changes_nothing_and_the_cache_knows_its_batch():
-    config = CONFIGS[0]
+@each_splitting
+def test_an_empty_edit_changes_nothing_and_the_cache_knows_its_batch(config):
     _, parameters = references(config)
     snapshot, first, second = snapshot_of(config, parameters), random_batch(0), random_batch(1)
     for batch in (first, second, first):
@@ -145,13 +156,16 @@ def test_an_empty_edit_changes_nothing_and_the_cache_knows_its_batch():
     x = snapshot._residual(first, 0)
     reading = look(parameters, config, 0, x, first)
     assert torch.equal(reading.merged(first, HeadEdit()), reading.merged())
-    torch.testing.assert_close(finish_layer(parameters, 0, x, reading.merged()), layer(parameters, config, 0, x, first))
+    torch.testing.assert_close(
+        finish_layer(parameters, config, 0, reading.stream, reading.merged()), layer(parameters, config, 0, x, first)
+    )
 
 
 def test_parameter_count_in_closed_form():
     for config in CONFIGS:
         D, F_, L = config.width, config.feedforward * config.width, config.layers
         one_layer = 4 * D * D + 4 * D + 2 * D * F_ + F_ + D
+        one_layer += 3 * D if config.splitting == "strang" else 0  # a norm and a bias more, whatever the width
         total = D_IN * D + D + L * one_layer + 2 * D + D * D_OUT + D_OUT
         assert count_parameters(tensor_specs(config, D_IN, D_OUT).values()) == total
 

@@ -69,6 +69,7 @@ def drawn(system):
 def cases():
     small = ModelConfig(width=12, layers=2, heads=3)
     large = ModelConfig(width=32, layers=2, heads=2, parametrization="mup", base_width=16)  # products are MKL's own
+    strang = ModelConfig(width=12, layers=2, heads=3, splitting="strang", attention_residual=0.8)
     masked, plain, wide, enumerated = (
         drawn(toy) for toy in (MaskedToy(), NoisedToy(), NoisedToy(n=12), EnumeratedToy())
     )
@@ -84,6 +85,7 @@ def cases():
         "some tokens": Case(system=MaskedToy(), model=small, batch=masked, tokens=some & masked.mask),
         "local": Case(system=NoisedToy(), model=small, batch=replace(plain, keys=keys, allowed=keys > 0)),
         "local, masked": Case(system=MaskedToy(), model=small, batch=replace(masked, keys=near)),
+        "strang": Case(system=MaskedToy(), model=strang, batch=masked),
         "large": Case(system=NoisedToy(n=12), model=large, batch=wide),
         "allowed": Case(system=NoisedToy(n=12), model=large, batch=replace(wide, allowed=allowed)),
     }

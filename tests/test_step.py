@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from sim.active_matter import ActiveMatter, Swimmers
 from sim.generator import Generator
 from sim.particles import ParticleBox, ParticleSystem
 from sim.pool import Pool
@@ -24,10 +25,14 @@ from train.step import DIVERGED_LOSS, arithmetic
 MODEL = ModelConfig(width=16, layers=2, heads=2)
 NARROW = ModelConfig(width=8, layers=1, heads=2)
 MUP = ModelConfig(width=16, layers=1, heads=2, parametrization="mup", base_width=8)
+STRANG = ModelConfig(width=8, layers=1, heads=2, splitting="strang")
+LOCAL = ModelConfig(width=8, layers=2, heads=2, attention="local", neighbours=3)
 TRAIN = TrainConfig(steps=12, batch_size=5, learning_rate=3e-3)
 SGD = dataclasses.replace(TRAIN, optimizer="sgd", learning_rate=1e-2)
 DOUBLE = dataclasses.replace(TRAIN, precision="float64")
 MASKED, NOISED = MaskedToy(), NoisedToy()
+SWIMMERS = Swimmers(n=6, trap=0.0, spring=0.0, repulsion=2.5, packing=0.4, time_step=0.02)
+BOX = ActiveMatter(swimmers=SWIMMERS, relax=1.0, spacing=0.2)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -162,8 +167,13 @@ RECORDED = {
     "everything": (NOISED, dataclasses.replace(TRAIN, warmup=6, clip=0.5, weight_decay=0.1), MUP),
     "sgd, everything": (MASKED, dataclasses.replace(SGD, warmup=20, clip=0.5, weight_decay=0.1), MUP),
     "float64": (NOISED, DOUBLE, NARROW),
+    "local": (MASKED, TRAIN, LOCAL),
+    "strang": (MASKED, TRAIN, STRANG),
     "bf16": (MASKED, dataclasses.replace(TRAIN, precision="bf16"), NARROW),
     "particles": (ParticleSystem(box=ParticleBox(n=9, radius=0.09)), TRAIN, NARROW),
+    "particles, local": (ParticleSystem(box=ParticleBox(n=9, radius=0.09)), TRAIN, LOCAL),
+    "active matter": (ActiveMatter(), dataclasses.replace(TRAIN, batch_size=6), NARROW),
+    "active matter, local": (BOX, TRAIN, LOCAL),
 }
 each_recorded = pytest.mark.parametrize(("system", "train", "model"), RECORDED.values(), ids=RECORDED)
 
@@ -315,8 +325,13 @@ def various(train, **own):
 
 @pytest.mark.parametrize(
     ("system", "train", "model"),
-    [(MASKED, TRAIN, MODEL), (NOISED, DOUBLE, NARROW), (NOISED, dataclasses.replace(SGD, warmup=4), MUP)],
-    ids=["adam", "float64", "sgd, mup"],
+    [
+        (MASKED, TRAIN, MODEL),
+        (NOISED, DOUBLE, NARROW),
+        (NOISED, dataclasses.replace(SGD, warmup=4), MUP),
+        (MASKED, TRAIN, LOCAL),
+    ],
+    ids=["adam", "float64", "sgd, mup", "local"],
 )
 def test_parts_of_any_size_give_the_same_numbers(system, train, model):
     whole = state_after(8, system, various(train), range(7), model)

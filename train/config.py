@@ -12,6 +12,8 @@ from sim.checks import require, require_number, require_one_of
 
 Optimizer = Literal["adam", "sgd"]
 Parametrization = Literal["standard", "mup"]
+Splitting = Literal["lie", "strang"]
+Attention = Literal["global", "local"]
 Precision = Literal["float32", "float64", "tf32", "bf16"]
 
 
@@ -29,22 +31,36 @@ class ModelConfig:
     width: int = 32
     """Size of the residual stream."""
     layers: int = 2
-    """Number of layers, attention then feed-forward."""
+    """Number of layers, put together as `splitting` says."""
     heads: int | None = 4
     """Attention heads a layer, of size width / heads. None where head_dim is given."""
     head_dim: int | None = None
     """Size of a head; the number of heads is then width / head_dim. None where heads is given."""
     feedforward: int = 4
-    """Hidden size of the feed-forward block, in widths."""
+    """Hidden size of a layer's feed-forward, in widths; under `strang` each of the two has half of it."""
+    splitting: Splitting = "lie"
+    """A layer: `lie` attention, then feed-forward; `strang` feed-forward, attention, feed-forward (Macaron Net, Lu et
+    al. 2019, arXiv 1906.02762), the two of them with weights of their own."""
+    attention_residual: float = 1.0
+    """Factor on what attention adds to the stream."""
+    feedforward_residual: float | None = None
+    """Factor on what each feed-forward adds to the stream. None: 1 under `lie`, 1/2 under `strang`."""
+    attention: Attention = "global"
+    """What a token attends to: `global` all that the system shows it, `local` the nearest of these, itself included."""
+    neighbours: int = 8
+    """How many nearest under `local`; all where there are not so many. Not read under `global`."""
     parametrization: Parametrization = "standard"
     """`mup` scales initialisation and learning rates with width so that wide and narrow nets move alike."""
     base_width: int = 32
     """The width at which `mup` and `standard` are the same network."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "feedforward", "base_width"):
+        for name in ("width", "layers", "feedforward", "neighbours", "base_width"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require_one_of("parametrization", self.parametrization, ("standard", "mup"))
+        require_finite(self)
+        require_one_of("parametrization", self.parametrization, get_args(Parametrization))
+        require_one_of("splitting", self.splitting, get_args(Splitting))
+        require_one_of("attention", self.attention, get_args(Attention))
         given = "head_dim" if self.heads is None else "heads"
         parts = self.head_dim if self.heads is None else self.heads
         require(
@@ -59,6 +75,13 @@ class ModelConfig:
         """Raise ValueError unless the width splits into heads. Apart from the rest, as a sweep sets the width last."""
         given, parts = ("heads", self.heads) if self.heads is not None else ("head_dim", self.head_dim)
         require(self.width % (parts or 1) == 0, "width", self.width, f"divisible by {given} = {parts}")
+        halves = self.splitting == "lie" or self.feedforward * self.width % 2 == 0
+        require(
+            halves,
+            "width",
+            self.width,
+            f"even, as strang halves feedforward x width with feedforward = {self.feedforward}",
+        )
 
     @property
     def n_heads(self) -> int:
@@ -69,6 +92,18 @@ class ModelConfig:
     def d_head(self) -> int:
         """Size of one head."""
         return self.width // self.n_heads
+
+    @property
+    def reach(self) -> int | None:
+        """The most keys that a token attends to; None: all."""
+        return self.neighbours if self.attention == "local" else None
+
+    @property
+    def feedforward_factor(self) -> float:
+        """What `feedforward_residual` comes to."""
+        if self.feedforward_residual is not None:
+            return self.feedforward_residual
+        return 0.5 if self.splitting == "strang" else 1.0
 
     @property
     def width_ratio(self) -> float:

@@ -23,6 +23,7 @@ from sim.generator import Generator
 from sim.system import Rows, System
 from train.config import ModelConfig, TrainConfig
 from train.model import activations, initial, tensor_specs
+from train.neighbours import tokens_and_keys
 from train.recording import Recording, aside
 from train.snapshot import Snapshot
 from train.state import State, flatten, unflatten
@@ -71,13 +72,7 @@ def free_memory(device: torch.device) -> int:
 
 def example_bytes(system: System, rows: Rows, model: ModelConfig, train: TrainConfig) -> int:
     """Bytes that one member keeps of one example for the backward pass, about."""
-    return activations(model, *tokens_and_keys(system, rows)) * train.dtype.itemsize
-
-
-def tokens_and_keys(system: System, rows: Rows) -> tuple[int, int | None]:
-    """N and K of the system's batches, K None where all tokens see all."""
-    example = system.draw(rows.take(slice(0, 1)), Generator.of("example", device=rows.device))
-    return example.inputs.shape[-2], None if example.keys is None else example.keys.shape[-1]
+    return activations(model, *tokens_and_keys(system, model, rows)) * train.dtype.itemsize
 
 
 def even_cuts(count: int, most: int) -> list[slice]:

@@ -1,9 +1,10 @@
 """S stacked transformers as functions of named parameters `[S, ...]`.
 
 Legend: S members, B examples, N tokens, K keys of a query, D width, H heads, d size of a head, F feed-forward size.
-One layer: x + Attention(LayerNorm(x)), then x + FeedForward(LayerNorm(x)). Attention weights carry a head axis, so that
-a head is an index: `Wq, Wk, Wv [S, H, D, d]`, `Wo [S, H, d, D]`. There is no positional encoding: permuting tokens
-permutes outputs.
+One layer: x + a Attention(LayerNorm(x)), then x + b FeedForward(LayerNorm(x)) with a = b = 1; under Strang splitting a
+feed-forward comes before attention too, each of half the hidden size, with weights of its own and b = 1/2. Attention
+weights carry a head axis, so that a head is an index: `Wq, Wk, Wv [S, H, D, d]`, `Wo [S, H, d, D]`. There is no
+positional encoding: permuting tokens permutes outputs.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def tensor_specs(config: ModelConfig, d_in: int, d_out: int) -> dict[str, Tensor
     """The parameters of one member by name, in the order in which they are stored."""
     config.require_divisible()
     D, H, d, hidden = config.width, config.n_heads, config.d_head, config.feedforward * config.width
+    strang = config.splitting == "strang"
+    hidden = hidden // 2 if strang else hidden
 
     def weight(shape: tuple[int, ...], fan_in: int, role: Role = "hidden") -> TensorSpec:
         return TensorSpec(shape=shape, fan_in=fan_in, role=role)
@@ -64,8 +67,19 @@ def tensor_specs(config: ModelConfig, d_in: int, d_out: int) -> dict[str, Tensor
     def vector(size: int, fill: float = 0.0, role: Role = "vector") -> TensorSpec:
         return TensorSpec(shape=(size,), fan_in=1, role=role, fill=fill)
 
+    def feedforward(block: str) -> dict[str, TensorSpec]:
+        return {
+            f"{block}.norm2.scale": vector(D, 1.0),
+            f"{block}.norm2.shift": vector(D),
+            f"{block}.W1": weight((D, hidden), D),
+            f"{block}.b1": vector(hidden),
+            f"{block}.W2": weight((hidden, D), hidden),
+            f"{block}.b2": vector(D),
+        }
+
     specs = {"embed.W": weight((d_in, D), d_in, "input"), "embed.b": vector(D)}
     for layer in range(config.layers):
+        specs |= feedforward(f"{layer}.before") if strang else {}
         specs |= {
             f"{layer}.norm1.scale": vector(D, 1.0),
             f"{layer}.norm1.shift": vector(D),
@@ -73,13 +87,8 @@ def tensor_specs(config: ModelConfig, d_in: int, d_out: int) -> dict[str, Tensor
             f"{layer}.Wk": weight((H, D, d), D),
             f"{layer}.Wv": weight((H, D, d), D),
             f"{layer}.Wo": weight((H, d, D), D),
-            f"{layer}.norm2.scale": vector(D, 1.0),
-            f"{layer}.norm2.shift": vector(D),
-            f"{layer}.W1": weight((D, hidden), D),
-            f"{layer}.b1": vector(hidden),
-            f"{layer}.W2": weight((hidden, D), hidden),
-            f"{layer}.b2": vector(D),
         }
+        specs |= feedforward(f"{layer}")
     return specs | {
         "norm.scale": vector(D, 1.0),
         "norm.shift": vector(D),
@@ -207,8 +216,10 @@ def mix_values(pattern: Tensor, v: Tensor, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What the heads of a layer do, spelt out: pattern `[S, B, H, N, K]`; values, read `[S, B, H, N, d]`."""
+    """What the heads of a layer do, spelt out: stream `[S, B, N, D]`, which they see and add to; pattern
+    `[S, B, H, N, K]`; values, read `[S, B, H, N, d]`."""
 
+    stream: Tensor
     pattern: Tensor
     values: Tensor
     read: Tensor
@@ -238,8 +249,23 @@ class Reading:
         return read
 
 
+def feed(parameters: Parameters, config: ModelConfig, block: str, x: Tensor) -> Tensor:
+    """Residual stream `[S, B, N, D]` after a feed-forward; block: a layer's index, or `<index>.before`."""
+
+    def p(name: str) -> Tensor:
+        return parameters[f"{block}.{name}"]
+
+    hidden = F.gelu(_affine(_norm(x, p("norm2.scale"), p("norm2.shift")), p("W1"), p("b1")))
+    return torch.add(x, _affine(hidden, p("W2"), p("b2")), alpha=config.feedforward_factor)
+
+
+def before_heads(parameters: Parameters, config: ModelConfig, index: int, x: Tensor) -> Tensor:
+    """The stream that a layer's heads see and add to, from the one that enters the layer."""
+    return feed(parameters, config, f"{index}.before", x) if config.splitting == "strang" else x
+
+
 def _heads(parameters: Parameters, index: int, x: Tensor) -> Tensor:
-    """Queries, keys and values of a layer's heads, `[S, B, N, 3 H d]`, from the residual stream that enters it."""
+    """Queries, keys and values of a layer's heads, `[S, B, N, 3 H d]`, from the stream that they see."""
     S, B, N, D = x.shape
     weights = [parameters[f"{index}.{name}"].transpose(1, 2) for name in ("Wq", "Wk", "Wv")]
     normed = _norm(x, parameters[f"{index}.norm1.scale"], parameters[f"{index}.norm1.shift"])
@@ -247,37 +273,30 @@ def _heads(parameters: Parameters, index: int, x: Tensor) -> Tensor:
 
 
 def look(parameters: Parameters, config: ModelConfig, index: int, x: Tensor, batch: Batch) -> Reading:
-    """What the heads of a layer do, spelt out, from the residual stream `[S, B, N, D]` that enters it."""
+    """What the heads of a layer do, spelt out, from the residual stream `[S, B, N, D]` that enters the layer."""
+    x = before_heads(parameters, config, index, x)
     q, k, values = _split(_heads(parameters, index, x), config.n_heads)
     pattern = attention_pattern(q, k, batch, visible_keys(batch), config.logit_scale)
-    return Reading(pattern=pattern, values=values, read=mix_values(pattern, values, batch))
+    return Reading(stream=x, pattern=pattern, values=values, read=mix_values(pattern, values, batch))
 
 
-def _read(parameters: Parameters, config: ModelConfig, index: int, x: Tensor, batch: Batch) -> Tensor:
-    """What the heads of a layer read, `[S, B, N, H d]`."""
-    if batch.keys is not None or torch.compiler.is_compiling():  # a compiler takes what is spelt out
-        return look(parameters, config, index, x, batch).merged()
-    visible = visible_keys(batch)
-    hidden = None if visible is None else ~visible.unsqueeze(-3)
-    read: Tensor = _Attention.apply(_heads(parameters, index, x), hidden, config.n_heads, config.logit_scale)  # type: ignore[no-untyped-call]
-    return read
-
-
-def finish_layer(parameters: Parameters, index: int, x: Tensor, read: Tensor) -> Tensor:
-    """Residual stream `[S, B, N, D]` after a layer, from the one before it and what its heads read `[S, B, N, H d]`."""
-
-    def p(name: str) -> Tensor:
-        return parameters[f"{index}.{name}"]
-
+def finish_layer(parameters: Parameters, config: ModelConfig, index: int, x: Tensor, read: Tensor) -> Tensor:
+    """Residual stream `[S, B, N, D]` after a layer, from the one its heads see and what they read `[S, B, N, H d]`."""
     S, B, N, D = x.shape
-    x = torch.baddbmm(x.view(S, B * N, D), read.view(S, B * N, -1), p("Wo").flatten(1, 2)).view_as(x)
-    hidden = F.gelu(_affine(_norm(x, p("norm2.scale"), p("norm2.shift")), p("W1"), p("b1")))
-    return x + _affine(hidden, p("W2"), p("b2"))
+    Wo, factor = parameters[f"{index}.Wo"].flatten(1, 2), config.attention_residual
+    x = torch.baddbmm(x.view(S, B * N, D), read.view(S, B * N, -1), Wo, alpha=factor).view_as(x)
+    return feed(parameters, config, f"{index}", x)
 
 
 def layer(parameters: Parameters, config: ModelConfig, index: int, x: Tensor, batch: Batch) -> Tensor:
     """Residual stream `[S, B, N, D]` after one layer."""
-    return finish_layer(parameters, index, x, _read(parameters, config, index, x, batch))
+    if batch.keys is not None or torch.compiler.is_compiling():  # a compiler takes what is spelt out
+        reading = look(parameters, config, index, x, batch)
+        return finish_layer(parameters, config, index, reading.stream, reading.merged())
+    x, visible = before_heads(parameters, config, index, x), visible_keys(batch)
+    hidden = None if visible is None else ~visible.unsqueeze(-3)
+    read: Tensor = _Attention.apply(_heads(parameters, index, x), hidden, config.n_heads, config.logit_scale)  # type: ignore[no-untyped-call]
+    return finish_layer(parameters, config, index, x, read)
 
 
 def unembed(parameters: Parameters, x: Tensor) -> Tensor:
@@ -298,9 +317,11 @@ def activations(config: ModelConfig, tokens: int, keys: int | None) -> int:
     """Numbers that one member keeps of one example for the backward pass, about.
 
     Per token and layer: the stream, its norm and the scaled norm, twice; queries, keys, values and what is read; the
-    hidden layer before and after its nonlinearity; the pattern; with lists of keys, keys and values gathered by them.
+    hidden layer before and after its nonlinearity; the pattern; with lists of keys, keys and values gathered by them;
+    under Strang splitting the first three once more.
     """
-    per_token = (10 + 2 * config.feedforward) * config.width + config.n_heads * (keys or tokens)
+    rows = 13 if config.splitting == "strang" else 10
+    per_token = (rows + 2 * config.feedforward) * config.width + config.n_heads * (keys or tokens)
     if keys is not None:
         per_token += 2 * keys * config.width
     return tokens * config.layers * per_token

@@ -73,9 +73,11 @@ def _centred(values: Tensor) -> Tensor:
 def _fixed(parameters: Parameters, model: ModelConfig, lowest: int) -> dict[str, Tensor]:
     """What lies above the heads of layer `lowest`, `[S, ...]`, rewritten as the top of this file says.
 
-    Of each layer `in`, `out` and `bias`; above the lowest also `heads` (queries, keys, values of all) and Wo; unembed.
+    Of each layer `in`, `out` and `bias`; above the lowest also `heads` (queries, keys, values of all) and Wo, and under
+    Strang splitting the feed-forward before them; unembed. Factors of residuals are in the weights.
     """
     fixed: dict[str, Tensor] = {}
+    said, fed = model.attention_residual, model.feedforward_factor
 
     def fold(norm: str, W: Tensor, b: Tensor | None = None) -> Tensor:
         bias = torch.bmm(parameters[f"{norm}.shift"][:, None], W)
@@ -83,14 +85,20 @@ def _fixed(parameters: Parameters, model: ModelConfig, lowest: int) -> dict[str,
         W = parameters[f"{norm}.scale"][..., None] * W
         return W - W.mean(1, keepdim=True) + bias / W.shape[1]
 
+    def feedforward(block: str) -> None:
+        W1, b1, W2, b2 = (parameters[f"{block}.{name}"] for name in ("W1", "b1", "W2", "b2"))
+        fixed[f"{block}.in"] = fold(f"{block}.norm2", W1, b1)
+        fixed[f"{block}.out"], fixed[f"{block}.bias"] = fed * _centred(W2), fed * _centred(b2[:, None])
+
     for index in range(lowest, model.layers):
-        p = {name: parameters[f"{index}.{name}"] for name in (*HEAD, "W1", "b1", "W2", "b2")}
         if index > lowest:
-            heads = torch.cat([p[name].transpose(1, 2) for name in HEAD[:3]], dim=2).flatten(2)
+            Wq, Wk, Wv, Wo = (parameters[f"{index}.{name}"] for name in HEAD)
+            heads = torch.cat([weight.transpose(1, 2) for weight in (Wq, Wk, Wv)], dim=2).flatten(2)
             fixed[f"{index}.heads"] = fold(f"{index}.norm1", heads)
-            fixed[f"{index}.Wo"] = _centred(p["Wo"].flatten(1, 2))
-        fixed[f"{index}.in"] = fold(f"{index}.norm2", p["W1"], p["b1"])
-        fixed[f"{index}.out"], fixed[f"{index}.bias"] = _centred(p["W2"]), _centred(p["b2"][:, None])
+            fixed[f"{index}.Wo"] = said * _centred(Wo.flatten(1, 2))
+            if model.splitting == "strang":
+                feedforward(f"{index}.before")
+        feedforward(f"{index}")
     fixed["unembed"] = fold("norm", parameters["unembed.W"], parameters["unembed.b"])
     return fixed
 
@@ -272,13 +280,14 @@ class HeadTarget:
             for below in range(index):
                 x = layer(parameters, self.model, below, x, part)
             reading = look(parameters, self.model, index, x, part)
+            x = reading.stream
             normed.append(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale))
             others = reading.read[self._member]
             others[places, :, self._head] = 0.0
             others = others.transpose(2, 3).flatten(3).flatten(1, 2)
-            others = torch.baddbmm(x[self._member].flatten(1, 2), others, Wo)
+            others = torch.baddbmm(x[self._member].flatten(1, 2), others, Wo, alpha=self.model.attention_residual)
             rest.append(_centred(others).view(-1, *x.shape[1:]))
-            x = finish_layer(parameters, index, x, reading.merged())
+            x = finish_layer(parameters, self.model, index, x, reading.merged())
             for above in range(index + 1, self.model.layers):
                 x = layer(parameters, self.model, above, x, part)
             predictions.append(unembed(parameters, x))
@@ -362,13 +371,18 @@ class HeadPlaced:
         rest = _rows(t._rest, self._place_start[block] + rows).flatten(1, 2)
         heads = torch.bmm(normed, torch.cat([weights[name] for name in HEAD[:3]], dim=2))
         read = self._read(heads, 1, batch, visible)
-        x = torch.baddbmm(rest, read, _centred(weights["Wo"]))
+        x = torch.baddbmm(rest, read, _centred(weights["Wo"]), alpha=t.model.attention_residual)
+
+        def feed(x: Tensor, block: str) -> Tensor:
+            return _apply(_Feed, x, *(fixed[f"{block}.{name}"] for name in ("in", "out", "bias")))
+
         for index in range(t.layer, t.model.layers):
             if index > t.layer:
+                x = feed(x, f"{index}.before") if t.model.splitting == "strang" else x
                 heads = torch.bmm(_apply(_Norm, x), fixed[f"{index}.heads"])
                 read = self._read(heads, t.model.n_heads, batch, visible)
                 x = torch.baddbmm(x, read, fixed[f"{index}.Wo"])
-            x = _apply(_Feed, x, *(fixed[f"{index}.{name}"] for name in ("in", "out", "bias")))
+            x = feed(x, f"{index}")
         prediction = torch.bmm(_apply(_Norm, x), fixed["unembed"])
         return t.system.loss(prediction.view(*batch.inputs.shape[:3], -1), batch)
 

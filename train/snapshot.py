@@ -13,6 +13,7 @@ from torch import Tensor
 from sim.system import Batch, System
 from train.config import ModelConfig
 from train.model import HeadEdit, Reading, embed, finish_layer, forward, layer, look, unembed
+from train.neighbours import with_keys
 
 EXAMPLES_AT_ONCE = 64  # in a prediction: many more fall out of a CPU's cache
 
@@ -50,6 +51,8 @@ def split(batch: Batch) -> Iterator[Batch]:
 class Snapshot:
     """S members at one step and time (Unix seconds). `parameters [S, ...]` are live: read them before training goes on.
 
+    A batch that has no keys, such as a system makes when it feeds predictions back, gets those of local attention.
+
     Interventions on one batch in a row share all that comes before what heads of the lowest layer replaced say.
     """
 
@@ -85,18 +88,20 @@ class Snapshot:
     @torch.no_grad()
     def attention(self, batch: Batch) -> Tensor:
         """Attention weights `[S, L, H, B, N, K]` on a batch without a member axis."""
+        batch = with_keys(self.system, self.model, batch)
         x = embed(self.parameters, batch)
         patterns: list[Tensor] = []
         for index in range(self.layers):
             reading = look(self.parameters, self.model, index, x, batch)
             patterns.append(reading.pattern)
             if index + 1 < self.layers:
-                x = finish_layer(self.parameters, index, x, reading.merged())
+                x = finish_layer(self.parameters, self.model, index, reading.stream, reading.merged())
         return torch.stack(patterns, dim=1).transpose(2, 3)
 
     @torch.no_grad()
     def predict(self, batch: Batch, replace: Iterable[Intervention] = ()) -> Tensor:
         """Predictions `[S, B, N, d_out]`, under interventions (at most one per layer)."""
+        batch = with_keys(self.system, self.model, batch)
         edits = {item.layer: HeadEdit(output=item.output, pattern=item.pattern) for item in replace}
         if not edits:
             return torch.cat([forward(self.parameters, self.model, part) for part in split(batch)], dim=1)
@@ -108,7 +113,8 @@ class Snapshot:
                 continue
             first = index == lowest
             reading = self._reading(batch, index) if first else look(self.parameters, self.model, index, x, batch)
-            x = finish_layer(self.parameters, index, x, reading.merged(batch, edits[index]))
+            merged = reading.merged(batch, edits[index])
+            x = finish_layer(self.parameters, self.model, index, reading.stream, merged)
         return unembed(self.parameters, x)
 
     def _reading(self, batch: Batch, index: int) -> Reading:
@@ -133,6 +139,7 @@ class Snapshot:
 
     def gradient(self, batch: Batch) -> dict[str, Tensor]:
         """Gradient of each member's mean loss by its own parameters."""
+        batch = with_keys(self.system, self.model, batch)
         leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
         loss = self.system.loss(forward(leaves, self.model, batch), batch).mean(-1).sum()
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))

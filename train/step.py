@@ -17,6 +17,7 @@ from sim.system import Batch, Rows, System
 from train.compiled import compiled_forward
 from train.config import ModelConfig, Precision, TrainConfig
 from train.model import Parameters, TensorSpec, forward
+from train.neighbours import draw
 from train.state import State, unflatten
 
 LONG_ROW = 1 << 16  # parameters from which on a CPU takes members' updates one by one, with fewer passes over memory
@@ -83,7 +84,7 @@ class Part:
         Touches memory at fixed addresses only and asks the host nothing on a GPU, so that it can be recorded.
         """
         task = self.task
-        batch = task.system.draw(task.rows.take(index), noise)
+        batch = draw(task.system, task.model, task.rows.take(index), noise)
         with arithmetic(task.train.precision, index.device):
             loss = task.system.loss(task.predict(self.parameters, batch), batch).mean(-1)
             found = torch.autograd.grad(loss.sum(), list(self.parameters.values()))

@@ -92,7 +92,7 @@ def attention_probe(config: MemberConfig, pool: Pool) -> AttentionScores:
     size, rows = config.probe.examples, pool.parts["probe"]
     stream = Generator.of("probe set", config.data.seed, device=rows.device)
     cut = [rows.take(slice(r * size, (r + 1) * size)) for r in range(config.probe.replicates)]
-    return AttentionScores(tuple(probe_batch(config.system, part, stream.fold(r)) for r, part in enumerate(cut)))
+    return AttentionScores(tuple(probe_batch(config, part, stream.fold(r)) for r, part in enumerate(cut)))
 
 
 def keys_of(count: int) -> list[int]:
