@@ -24,6 +24,7 @@ from cluster.driver import Desk, Settings, require_writable
 from cluster.figures import save
 from cluster.objectives import Verdict
 from cluster.pack import Pace
+from cluster.rehearsal import rehearse
 from cluster.search_config import HELP, Search, parse_search
 from cluster.search_figures import draw_history, draw_pareto, draw_slices
 from cluster.search_results import (
@@ -37,6 +38,7 @@ from cluster.search_results import (
     winner_command,
 )
 from cluster.searcher import UNTOLD, PruneStopper, StudySearcher, finished, make_sampler, recover
+from cluster.space import possible_point
 from cluster.store import FolderStore
 from cluster.tracking import KIND, Ledger, Place
 from cluster.trial import Report, SearchContext
@@ -167,6 +169,7 @@ def run_search(search: Search, console: Console) -> Found:
     if search.settings.store is not None:
         require_writable("store", search.settings.store)
     search.sweep.system.rows("train", 1, Generator.of("can it be made at all"))
+    rehearse(possible_point(search.sweep, search.space, search.name).members())
     url = storage_url(search.settings, search.options.storage, desk.uri)
     study = open_study(search, url)
     with held_study(desk, search, study) as ledger, Board(console, search, study) as board:

@@ -20,7 +20,7 @@ from cluster.objectives import (
 )
 from cluster.recipes import load_sweep
 from cluster.searcher import Sampler
-from cluster.space import WIDTH, Space, parse_space, require_feasible, require_one_point
+from cluster.space import WIDTH, Space, parse_space, possible_point, require_one_point
 from cluster.sweep import Sweep, digest, versions
 from sim.checks import require
 
@@ -84,7 +84,7 @@ class Search:
         if options.prune:
             require_prunable(options.objective, space)
         own = cls(source=source, sweep=replace(sweep, axes={}), space=space, options=options, settings=settings)
-        require_feasible(own.sweep, space, own.name)
+        possible_point(own.sweep, space, own.name)
         return own
 
     @property

@@ -182,15 +182,14 @@ def require_one_point(sweep: Sweep, space: Space) -> None:
     require(not left, "axes", ", ".join(left), "among the fields that are searched: a point has no axes of its own")
 
 
-def require_feasible(sweep: Sweep, space: Space, name: str) -> None:
-    """Raise ValueError if points drawn at random all are impossible, with the reason of the last."""
+def possible_point(sweep: Sweep, space: Space, name: str) -> Sweep:
+    """One drawn at random. ValueError if all are impossible, with the reason of the last."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     distributions = {item.param: item.distribution for item in space}
     reason = ""
     for _ in range(LOOKS):
         try:
-            point_of(sweep, space, study.ask(distributions).params, name)
-            return
+            return point_of(sweep, space, study.ask(distributions).params, name)
         except ValueError as error:
             reason = str(error)
     raise ValueError(f"space: none of {LOOKS} points drawn at random is possible; the last: {reason}")
