@@ -159,3 +159,10 @@ def test_a_second_axis_flag_adds_to_the_first(capsys):
     assert "4 members to train" in said
     assert "model.heads" in said
     assert "train.clip" in said
+
+
+def test_every_command_is_there_and_help_waits_for_none_of_them():
+    assert all(callable(cli.load(command)) for command in cli.COMMANDS)
+    code = "import sys; from cluster import cli; cli.main(['--help']); cli.main(['--version']); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "ray", "mlflow", "optuna", "matplotlib", "pandas"} & set(loaded)

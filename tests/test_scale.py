@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from cluster import tracking
-from cluster.cli import show_members
+from cluster.commands import show_members
 from cluster.sweep import Sweep, validate
 
 PLACE = tracking.Place(uri="sqlite:///x.db", experiment="1", parent="p")

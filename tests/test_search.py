@@ -596,10 +596,7 @@ def test_a_point_travels_to_its_worker_as_text():
 
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = (
-    "import sys; from cluster import cli, search; cli.COMMANDS['search'] = search.search_command; "
-    "sys.exit(cli.main(sys.argv[1:]))"
-)
+COMMAND = "import sys; from cluster import cli; sys.exit(cli.main(sys.argv[1:]))"
 SMALL = ["--data.rows", "128", "--data.validation-rows", "16", "--probe.examples", "8", "--probe.sparse-examples", "4",
          "--system.box.n", "6", "--system.box.radius", "0.1", "--seeds", "2", "--widths", "8"]  # fmt: skip
 
