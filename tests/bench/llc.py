@@ -49,6 +49,7 @@ SETTINGS = LLCSettings(
 )
 MINIBATCH, EXAMPLES = 32, 1024
 CURVED = 256  # examples whose Hessian is taken
+NUDGE, TOGETHER = 1e-4, 32
 DEVINTERP, WHOLE, FULL, KEPT = (
     "devinterp",
     "whole model, all gradients",
@@ -402,22 +403,28 @@ def curvature_rows(at: Checkpoint, chains: int) -> Iterator[Row]:
 
 
 def derivatives(at: Checkpoint, layer: int, head: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Gradient `[d]` and Hessian `[d, d]` of the mean loss by one head's weights of the first member, in float64."""
-    parameters = {name: value[:1].double().cpu() for name, value in at.parameters.items()}
-    inputs, targets = at.batch.inputs.double().cpu(), at.batch.targets.double().cpu()
-    B, N, _ = inputs.shape  # attention by lists of keys is spelt out; by all tokens it has first derivatives only
-    batch = Batch(inputs=inputs, targets=targets, keys=torch.arange(N).expand(B, N, N))
-    leaves = {name: parameters[f"{layer}.{name}"][0, head].clone().requires_grad_() for name in HEAD}
-    own = dict(parameters)
-    for name, leaf in leaves.items():
-        place = torch.zeros(1, MODEL.n_heads, 1, 1, dtype=torch.bool)
-        place[0, head] = True
-        own[f"{layer}.{name}"] = torch.where(place, leaf, parameters[f"{layer}.{name}"])
-    loss = at.system.loss(forward(own, MODEL, batch), batch).mean()
-    first = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(leaves.values()), create_graph=True)])
-    rows = [torch.autograd.grad(value, list(leaves.values()), retain_graph=True) for value in first]
-    hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-    return first.detach().numpy(), (0.5 * (hessian + hessian.T)).numpy()
+    """Gradient `[d]` and Hessian `[d, d]` of the mean loss by one head's weights of the first member, in float64, the
+    latter by central differences of gradients."""
+    parameters = {name: value[:1].double() for name, value in at.parameters.items()}
+    batch = Batch(inputs=at.batch.inputs.double(), targets=at.batch.targets.double())
+    target = HeadTarget(at.system, MODEL, parameters, batch, [(0, head)], layer, MINIBATCH)
+    shapes = {name: value.shape[1:] for name, value in target.centre.items()}
+    centre = torch.cat([value.flatten() for value in target.centre.values()])
+
+    def gradients(points: Tensor) -> Tensor:
+        parts = points.split([shape.numel() for shape in shapes.values()], dim=1)
+        own = {
+            name: part.reshape(-1, *shape).requires_grad_()
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+        rows = torch.arange(target.examples, device=points.device).expand(len(points), -1)
+        place = torch.zeros(len(points), dtype=torch.long, device=points.device)
+        loss = target.at(place).loss(own, rows)
+        return torch.cat([g.flatten(1) for g in torch.autograd.grad(loss.sum(), list(own.values()))], dim=1)
+
+    nudges = torch.eye(len(centre), dtype=centre.dtype, device=centre.device).mul(NUDGE).split(TOGETHER)
+    hessian = torch.cat([(gradients(centre + some) - gradients(centre - some)) / (2 * NUDGE) for some in nudges])
+    return gradients(centre[None])[0].cpu().numpy(), (0.5 * (hessian + hessian.T)).cpu().numpy()
 
 
 # Agreement
