@@ -35,7 +35,7 @@ TOLERANCE = 0.2
 minibatches may heat it, and a gradient at the point lower it."""
 
 SURE = 3.0
-"""Standard errors over chains by which their spread must miss 1 to count as a fault."""
+"""Standard errors over chains that a drift, or a spread that misses 1, must exceed to count as a fault."""
 
 LEAST_ACCEPTANCE = 0.9
 """Of a Metropolis step: less, and the steps distort the density."""
@@ -52,7 +52,7 @@ class LLCSettings:
     """Inverse temperature: what L counts, in examples."""
     gamma: float = 300.0
     """Strength of the pull back to the point (per squared weight)."""
-    step_size: float = 3e-4
+    step_size: float = 2e-4
     """Variance eps of a step (squared weight)."""
     chains: int = 4
     """Chains of each estimate."""
@@ -169,10 +169,10 @@ class LLC:
             yield "no look at the acceptance"
         elif self.acceptance < LEAST_ACCEPTANCE:
             yield f"acceptance {self.acceptance:.2f}, under {LEAST_ACCEPTANCE:g}"
-        if not abs(drift := _drift(self.trace)) <= TOLERANCE:
+        drift, error = _drift(self.trace)
+        if _misses(drift, error):
             yield f"the trace drifts by {drift:+.0%} from its first half to its second"
-        apart = abs(self.spread - 1.0)
-        if apart > TOLERANCE and not apart <= SURE * self.spread_error:
+        if _misses(self.spread - 1.0, self.spread_error):
             yield f"chains have {self.spread:.2f} of the spread of their density"
         if self.heating > TOLERANCE:
             yield f"minibatches heat by {self.heating:.0%}"
@@ -292,23 +292,22 @@ def calibrate(
     found = list(_by_point(target, seeds, variants, at_once, None))
     traces = np.stack([chains.trace for chains in found])  # [P, G, chains, draws]
     mean = _nanmean(traces, (0, 2))
-    llc, drift = mean.mean(axis=1), np.array([_drift(row[None]) for row in mean])
+    llc = mean.mean(axis=1)
+    drift, drift_error = np.array([_drift(np.concatenate(own)) for own in traces.swapaxes(0, 1)]).T
     acceptance = _nanmean(np.stack([chains.acceptance for chains in found]), (2,)).min(axis=0)
     heating = _nanmean(np.stack([chains.heating for chains in found]), (2,)).max(axis=0)
     by_point = np.stack([chains.spread for chains in found])
     spreads = _nanmean(by_point, (2,))
-    apart = np.abs(spreads - 1.0)
-    errors = np.array([[_error(row) for row in point] for point in by_point])
-    narrow = ((apart > TOLERANCE) & ~(apart <= SURE * errors)).any(axis=0)
-    spread = spreads[apart.argmax(axis=0), np.arange(len(variants))]
+    missed = [[_misses(_mean(row) - 1.0, _error(row)) for row in point] for point in by_point]
+    spread = spreads[np.abs(spreads - 1.0).argmax(axis=0), np.arange(len(variants))]
     diverged = np.isnan(traces).any(axis=3).sum(axis=(0, 2))
     sd = _nanmean(np.array([[_sd(row) for row in point.mean(axis=2)] for point in traces]), (0,))
     lacks = {
         "a chain diverged": diverged > 0,
         f"acceptance under {LEAST_ACCEPTANCE:g}": ~(acceptance >= LEAST_ACCEPTANCE),
-        "the trace is not flat": ~(np.abs(drift) <= TOLERANCE),
+        "the trace is not flat": np.array([_misses(*pair) for pair in zip(drift, drift_error, strict=True)]),
         "lower losses lie near by": ~(llc > 0.0),
-        "chains have not the spread of their density": narrow,
+        "chains have not the spread of their density": np.any(missed, axis=0),
         "minibatches heat": heating > TOLERANCE,
     }
     sound = ~np.any(list(lacks.values()), axis=0)
@@ -439,12 +438,18 @@ def _cpu(value: Tensor) -> Array:
     return np.asarray(value.double().cpu().numpy())
 
 
-def _drift(trace: Array) -> float:
-    """(mean of the second half - mean of the first) / mean of `trace [chains, draws]`, without chains that diverged."""
-    mean = _nanmean(trace, (0,))
-    middle = mean.size // 2
-    level = mean.mean()
-    return float((mean[middle:].mean() - mean[:middle].mean()) / level) if level else NAN
+def _drift(trace: Array) -> tuple[float, float]:
+    """(mean of the second half - mean of the first) / mean of `trace [chains, draws]`, and its standard error over
+    chains; without those that diverged."""
+    middle = trace.shape[1] // 2
+    by_chain = trace[:, middle:].mean(axis=1) - trace[:, :middle].mean(axis=1)
+    level = _mean(trace.mean(axis=1))
+    return (_mean(by_chain) / level, _error(by_chain) / abs(level)) if level else (NAN, NAN)
+
+
+def _misses(gap: float, error: float) -> bool:
+    """Whether a share is more than allowed, surely so; true of no number."""
+    return math.isnan(gap) or (abs(gap) > TOLERANCE and not abs(gap) <= SURE * error)
 
 
 def _square(gradient: Weights, where: Weights | None) -> Array:

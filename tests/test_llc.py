@@ -405,7 +405,7 @@ def test_calibrate_refuses_with_reasons():
     assert found.chosen is None
     reasons = found.refusal.split("; ")
     assert reasons[:2] == ["a chain diverged at 2 of 4", "acceptance under 0.9 at 4 of 4"]
-    slow = calibrate(target, [0], replace(FEW, burn_in=0, draws=200), [1e-7], [10.0])
+    slow = calibrate(target, [0], replace(FEW, burn_in=0, draws=200, chains=64), [1e-7], [10.0])
     assert slow.refusal == "the trace is not flat at 1 of 1; chains have not the spread of their density at 1 of 1"
 
 
