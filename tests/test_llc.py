@@ -28,7 +28,7 @@ from tests.planted_losses import (
 )
 from tests.toys import EnumeratedToy
 from train.config import ModelConfig
-from train.model import initial
+from train.model import forward, initial
 from train.refine import HeadTarget
 
 DOUBLE = torch.float64
@@ -484,6 +484,50 @@ def test_permuting_heads_permutes_their_coefficients():
     a, b = (np.array([each.trace for each in found]).reshape(2, 4, 4, 40) for found in (first, second))
     np.testing.assert_allclose(a[:, order], b, rtol=1e-7, atol=1e-12)
     assert len({each.mean for each in first}) == 8
+
+
+def test_a_head_within_a_small_ball_has_what_its_gradient_and_hessian_give():
+    """L ~ g x + x H x / 2 has E[L] = g m + m H m / 2 + tr(H S) / 2 under N(m, S), S^-1 = n_beta H + gamma and
+    m = -n_beta S g; H by differences of gradients, after some training."""
+    system, model = EnumeratedToy(), ModelConfig(width=8, layers=2, heads=2)
+    rows = system.rows("train", 12, Generator.of("rows"))
+    batch = system.draw(rows, Generator.of("draw"))
+    batch = replace(batch, inputs=batch.inputs.double(), targets=batch.targets.double())
+    parameters = initial(model, system.d_in, system.d_out, Generator.stack([3]), DOUBLE)
+    optimiser = torch.optim.Adam([value.requires_grad_() for value in parameters.values()], lr=1e-2)
+    for _ in range(80):
+        optimiser.zero_grad()
+        system.loss(forward(parameters, model, batch), batch).mean().backward()
+        optimiser.step()
+    parameters = {name: value.detach() for name, value in parameters.items()}
+    for layer, head in ((0, 1), (1, 0)):
+        target = HeadTarget(system, model, parameters, batch, [(0, head)], layer, 6)
+        centre = {name: value[0] for name, value in target.centre.items()}
+        flat = torch.cat([value.flatten() for value in centre.values()])
+
+        def gradients(points, target=target, centre=centre):
+            parts = points.split([value.numel() for value in centre.values()], dim=1)
+            leaves = {
+                name: part.reshape(-1, *value.shape).requires_grad_()
+                for part, (name, value) in zip(parts, centre.items(), strict=True)
+            }
+            every = torch.arange(12).expand(len(points), -1)
+            loss = target.at(torch.zeros(len(points), dtype=torch.long)).loss(leaves, every)
+            return torch.cat([g.flatten(1) for g in torch.autograd.grad(loss.sum(), list(leaves.values()))], dim=1)
+
+        nudges = 1e-4 * torch.eye(len(flat), dtype=DOUBLE)
+        hessian = (gradients(flat + nudges) - gradients(flat - nudges)) / 2e-4
+        g, n_beta, gamma = gradients(flat[None])[0], 3000.0, 10_000.0
+        hessian = 0.5 * (hessian + hessian.T)
+        cover = torch.linalg.inv(n_beta * hessian + gamma * torch.eye(len(flat), dtype=DOUBLE))
+        m = -n_beta * cover @ g
+        exact = n_beta * float(g @ m + 0.5 * m @ hessian @ m + 0.5 * (hessian * cover).sum())
+        settings = replace(QUICK, n_beta=n_beta, gamma=gamma, step_size=5e-6, chains=64, draws=300, burn_in=100)
+        found = estimate_llcs(target, [0], settings, 12, at_once=64)[0]
+        assert found.gradient == pytest.approx(n_beta**2 * float(g @ g) / gamma)
+        assert found.mean == pytest.approx(exact, abs=max(0.03 * abs(exact), 3.0 * error(found)))
+        assert error(found) < 0.1 * abs(exact)
+        assert found.spread == pytest.approx(1.0, abs=0.03)
 
 
 # Against devinterp
