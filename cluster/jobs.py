@@ -42,6 +42,7 @@ for _name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.p
 
 GRACE = 60  # seconds between SIGTERM and SIGKILL of a stopped job; Ray's own 3 are few for the ledger of many members
 ANSWER_WAIT = 5.0  # seconds for a dashboard to answer
+NO_AGENT = "No available agent"  # says Ray where it will have one soon
 LOST_AFTER = 60.0  # seconds without a connection after which a job is followed no longer
 STOPPED = 130  # exit code of a job that was stopped, as of a command that was interrupted
 
@@ -96,7 +97,8 @@ def submit_command(arguments: Sequence[str], console: Console) -> int:
     files = own_files(recipe, sweep, options.ship)
     client = open_jobs(options.address)
     with staged(files, options.installed) as folder, plain_errors(client.get_address()):
-        job = client.submit_job(
+        job = submit_when_ready(
+            client,
             entrypoint=entrypoint(recipe, overrides, options),
             runtime_env=runtime_env(options, folder),
             metadata={"sweep": sweep.id},
@@ -106,6 +108,18 @@ def submit_command(arguments: Sequence[str], console: Console) -> int:
         return follow(client, job, console)
     tell_more(job, client, console)
     return 0
+
+
+def submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:
+    """The job's id. A cluster that has just begun has no agent yet to take one: it is asked again for a minute."""
+    deadline = time.monotonic() + LOST_AFTER
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(2.0)
 
 
 def named(what: str, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:

@@ -60,11 +60,14 @@ class Client:
 
     def __init__(self, last=None, connections=(("one\n", "two\n"),)):
         self.last, self.connections, self.stopped, self.sent = last, list(connections), [], {}
+        self.refusals = []
 
     def get_address(self):
         return URL
 
     def submit_job(self, **request):
+        if self.refusals:
+            raise RuntimeError(self.refusals.pop(0))
         self.sent = request
         folder = request["runtime_env"].get("working_dir")
         self.files = sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*")) if folder else None
@@ -113,6 +116,16 @@ def test_a_sweep_is_sent_with_its_packages_and_nothing_else_is_touched(client, c
     assert not Path(client.sent["runtime_env"]["working_dir"]).exists()
     assert list(elsewhere.iterdir()) == []
     assert "one\ntwo\n" in capsys.readouterr().out
+
+
+def test_a_cluster_that_has_just_begun_is_asked_again(client, console, capsys):
+    wait = "Request failed with status code 500: No available agent to submit job, please try again later.."
+    client.refusals = [wait, wait]
+    assert jobs.submit_command(["tiny", *PLACE, "--address", URL], console) == 0
+    assert client.sent
+    client.refusals = ["Request failed with status code 500: no"]
+    with pytest.raises(ValueError, match="refused .*no"):
+        jobs.submit_command(["tiny", *PLACE, "--address", URL], console)
 
 
 def test_what_is_sent_is_named_by_its_content_so_that_ray_sends_it_once():
