@@ -272,7 +272,7 @@ def find_sweep(client: MlflowClient, experiment: str, name: str) -> Run:
 def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
     """The sweep's parent run, made or opened again, held by this driver. TrackingError if another driver holds it."""
     experiment = experiment_id(client, uri)
-    driver = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+    driver = driver_name()
     found = find_sweeps(client, experiment, sweep.id)
     if found:
         parent = found[0]
@@ -316,14 +316,47 @@ def comparison_path(place: Place) -> str:
     return f"/#/experiments/{place.experiment}/runs?viewStateShareKey={place.parent}&compareRunsMode=CHART"
 
 
+@functools.cache
+def process_space() -> str:
+    """Names the machine since its last start, and the space of process numbers that this process sees there (that of a
+    container, where it is in one). Empty where the system does not tell."""
+    try:
+        boot, space = Path("/proc/sys/kernel/random/boot_id").read_text(), Path("/proc/self/ns/pid").readlink()
+    except OSError:
+        return ""
+    return hashlib.blake2b(f"{boot} {space}".encode(), digest_size=4).hexdigest()
+
+
+def driver_name() -> str:
+    """Of this process, in heartbeats: host, process number, `process_space`, and something unique."""
+    return f"{socket.gethostname()}:{os.getpid()}:{process_space()}:{uuid.uuid4().hex[:6]}"
+
+
+def is_gone(driver: str) -> bool:
+    """Whether a driver was a process of this very machine and is no more; False where that cannot be known from here.
+
+    A host's name does not say as much: two containers may share it and have process numbers of their own.
+    """
+    parts = driver.split(":")
+    if len(parts) != 4 or not parts[2] or parts[2] != process_space():
+        return False
+    try:
+        state = Path(f"/proc/{int(parts[1])}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, IndexError):
+        return False
+    return state in "ZX"  # dead, and its parent has not asked how it ended
+
+
 def require_free(parent: Run) -> None:
-    """Raise TrackingError while another driver's heartbeat is fresh."""
+    """Raise TrackingError while another driver's heartbeat is fresh and its process is not known to be gone."""
     beat = parent.data.tags.get("heartbeat", "")
     if not beat:
         return
     when, _, driver = beat.partition(" ")
     age = time.time() - float(when)
-    if age < DEAD_AFTER:
+    if age < DEAD_AFTER and not is_gone(driver):
         raise TrackingError(
             f"sweep {parent.data.tags['sweep_id']} is held by driver {driver} (heartbeat {age:.0f} s ago); "
             f"wait for it, or {DEAD_AFTER:.0f} s after its last heartbeat"

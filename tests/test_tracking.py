@@ -3,6 +3,9 @@
 import dataclasses
 import http.server
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -191,6 +194,33 @@ def test_one_driver_holds_a_sweep_until_it_closes_or_dies(store):
     assert third.place.parent == first.place.parent
     assert client.get_run(third.place.parent).info.status == "RUNNING"
     third.close("FINISHED")
+
+
+def driver_of(process, space=None):
+    return f"{socket.gethostname()}:{process.pid}:{tracking.process_space() if space is None else space}:abc123"
+
+
+def test_a_driver_of_this_machine_is_dead_as_soon_as_its_process_is(store):
+    """Killed, and before anybody has asked how it ended; not where process numbers mean others than here."""
+    client, uri = store
+    own = dataclasses.replace(SWEEP, name="killed")
+    first = tracking.open_sweep(client, uri, own)
+    first._stop.set()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert not tracking.is_gone(driver_of(process))
+        client.set_tag(first.place.parent, "heartbeat", f"{time.time():.0f} {driver_of(process)}")
+        with pytest.raises(TrackingError, match="is held by driver"):
+            tracking.open_sweep(client, uri, own)
+        process.kill()
+        wait_for(lambda: tracking.is_gone(driver_of(process)))
+        second = tracking.open_sweep(client, uri, own)
+    assert second.place.parent == first.place.parent
+    second.close("FINISHED")
+    assert tracking.is_gone(driver_of(process))
+    assert not tracking.is_gone(driver_of(process, space="elsewhere"))
+    assert not tracking.is_gone(driver_of(process, space=""))
+    for odd in ("", "host", f"host:{process.pid}:abc123", f"host:x:{tracking.process_space()}:abc"):
+        assert not tracking.is_gone(odd)
 
 
 def test_the_heart_beats_until_the_end(store, monkeypatch):
