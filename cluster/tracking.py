@@ -153,6 +153,8 @@ class Ledger:
             member = run.data.tags["member_id"]
             if is_settled(run) and kept[member] is not run:
                 supersede(self.client, run.info.run_id, kept[member].info.run_id)
+            elif "superseded_by" in run.data.tags and run.info.status == "FINISHED":
+                self.client.set_terminated(run.info.run_id, "KILLED")  # by a worker that had been given up
             elif running_too and run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "KILLED")
         return kept

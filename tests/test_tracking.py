@@ -98,6 +98,7 @@ def test_the_earliest_finished_run_counts(store, ledger):
     assert late.data.tags["superseded_by"] == first
     client.set_terminated(second, "FINISHED")  # a zombie worker ends once more
     assert ledger.settle(running_too=False)[MEMBERS[0].id].info.run_id == first
+    assert client.get_run(second).info.status == "KILLED"
 
 
 def test_runs_left_running_become_killed_and_their_members_are_missing(store, ledger):
