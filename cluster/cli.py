@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -56,6 +57,7 @@ headway COMMAND ...
 
 `headway COMMAND --help` tells more. RECIPE is a name, or the .json of a stored sweep; SWEEP is a name or an id."""
 
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 ON_CLUSTER = ("workers", "gpus", "redo")
 SWEEP_HELP = """Train a sweep, measure every head as it learns, and write a report.
 
@@ -407,11 +409,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"headway: {error}", file=sys.stderr)
         return 2
+    except tracking.BrokenOffError as error:
+        print(f"headway: {error}", file=sys.stderr)
+        return 1
     except MlflowException as error:
         print(f"headway: MLflow: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader has seen enough (`headway ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in NO_DISK:
+            raise
+        print(f"headway: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         goes_on = (

@@ -17,9 +17,10 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -29,7 +30,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 
 from cluster.encoding import encode
 from cluster.sweep import Sweep
@@ -45,10 +46,15 @@ HEARTBEAT = 10.0  # seconds between heartbeats of the driver
 DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead
 BATCH = 1000  # metrics in one request, MLflow's limit
 PARENT, KIND = "mlflow.parentRunId", "kind"
+Result = TypeVar("Result")
 
 
 class TrackingError(ValueError):
     """The tracking store cannot be used, or another driver holds the sweep; one line says which."""
+
+
+class BrokenOffError(RuntimeError):
+    """Work under way cannot go on, for a reason outside of it; one line says which. The same command goes on later."""
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -84,6 +90,43 @@ def _require_healthy(uri: str) -> None:
         raise TrackingError(f"tracking_uri: no MLflow server answers at {uri!r} ({error})") from error
     if status != 200:
         raise TrackingError(f"tracking_uri: the server at {uri!r} answers its health check with status {status}")
+
+
+def shown(uri: str) -> str:
+    """A URI as it may be shown, without its password."""
+    secret = urlsplit(uri).password
+    return uri.replace(f":{secret}@", ":...@") if secret else uri
+
+
+def patiently(call: Callable[[], Result], uri: str, patience: float) -> Result:
+    """What the call returns, made again where it failed for want of a server; it must bear repeating.
+
+    BrokenOffError once no server has answered for so many seconds. Other errors, and those of other stores, are raised.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return call()
+        except (MlflowException, OSError) as error:
+            if not is_outage(error, uri):
+                raise
+            if time.monotonic() > deadline:
+                raise silent(uri, patience) from error
+            time.sleep(1.0)
+
+
+def is_outage(error: Exception, uri: str) -> bool:
+    """Whether a call failed on its way to a server; not what the server itself, a database or a disk refuses."""
+    answered = isinstance(error, RestException) or getattr(error, "errno", None) is not None
+    return uri.startswith("http") and not answered
+
+
+def silent(uri: str, patience: float) -> BrokenOffError:
+    """The error of a store that has not answered for so many seconds."""
+    return BrokenOffError(
+        f"the MLflow store at {shown(uri)} has not answered for {patience:.0f} s; "
+        "the same command goes on once it does, from the last checkpoints"
+    )
 
 
 def experiment_id(client: MlflowClient, uri: str) -> str:
@@ -139,6 +182,8 @@ class Ledger:
     place: Place
     driver: str
     lost: bool = False
+    heard: float = field(default_factory=time.monotonic)
+    """When the store last answered a beat, on the clock of `time.monotonic`."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -165,27 +210,35 @@ class Ledger:
         self.lost = holder not in ("", self.driver)
         if not self.lost:
             self._claim()
+        self.heard = time.monotonic()
 
     def _claim(self) -> None:
         self.client.set_tag(self.place.parent, "heartbeat", f"{time.time():.0f} {self.driver}")
 
     def require_held(self) -> None:
-        """Raise RuntimeError once another driver has taken the sweep over."""
+        """Raise BrokenOffError once another driver has taken the sweep over."""
         if self.lost:
-            raise RuntimeError(
+            raise BrokenOffError(
                 f"another driver has taken over the sweep, as this one was silent for {DEAD_AFTER:.0f} s"
             )
+
+    def require_heard(self, patience: float) -> None:
+        """Raise BrokenOffError once the store has not answered for so many seconds."""
+        if time.monotonic() - self.heard > patience:
+            raise silent(self.place.uri, patience)
 
     def start_beating(self) -> None:
         """Beat from a thread until `close`."""
         self._claim()
 
         def loop() -> None:
-            while not self._stop.wait(HEARTBEAT) and not self.lost:
+            pause = HEARTBEAT
+            while not self._stop.wait(pause) and not self.lost:
                 try:
                     self.beat()
-                except (MlflowException, OSError):  # the store is away for the moment; a later beat will tell
-                    continue
+                    pause = HEARTBEAT
+                except (MlflowException, OSError):  # the store is away: once it is back, nobody must think us dead
+                    pause = HEARTBEAT / 10
 
         self._thread = threading.Thread(target=loop, name="heartbeat", daemon=True)
         self._thread.start()

@@ -21,7 +21,7 @@ from ray import tune
 
 from cluster.curves import Columns, Curves
 from cluster.encoding import decode, encode
-from cluster.member_runs import MemberRuns
+from cluster.member_runs import PATIENCE, MemberRuns
 from cluster.pack import (
     Clock,
     Figures,
@@ -52,7 +52,8 @@ FLUSH_EVERY = 10.0  # seconds between metric batches to MLflow
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialContext:
     """What all trials of a sweep share. `pools`: object references of pool arrays by `pool_name`; `gpus`: a pack's;
-    `watched`: the driver is told the validation loss of every probe step."""
+    `watched`: the driver is told the validation loss of every probe step; `patience`: seconds that work waits for a
+    store, or a node, that is away."""
 
     packs: tuple[Pack, ...]
     pools: Mapping[str, Any]
@@ -61,6 +62,7 @@ class TrialContext:
     pace: Pace
     gpus: float = 0.0
     watched: bool = False
+    patience: float = PATIENCE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +134,7 @@ def train_here(pack: Pack, context: TrialContext) -> None:
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
     attempts = Attempts(open_store(context.store), pack)
-    runs = MemberRuns(context.place, pack, device_name(device))
+    runs = MemberRuns(context.place, pack, device_name(device), context.patience)
     try:
         cause = attempts.begin(progress_of(attempts.files, pack))
         if cause is not None:

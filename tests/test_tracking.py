@@ -1,6 +1,7 @@
 """The ledger, on a real SQLite store: who is done, who counts, who holds a sweep."""
 
 import dataclasses
+import errno
 import http.server
 import json
 import socket
@@ -10,11 +11,12 @@ import threading
 import time
 
 import pytest
+from mlflow.exceptions import MlflowException, RestException
 
 from cluster import member_runs, tracking
 from cluster.member_runs import MemberRuns
 from cluster.sweep import Pack, Sweep, validate
-from cluster.tracking import TrackingError
+from cluster.tracking import BrokenOffError, TrackingError
 from train.config import TrainConfig
 
 SWEEP = Sweep(name="ledger", widths=(16, 32), seeds=2, train=TrainConfig(steps=9))
@@ -146,6 +148,26 @@ def test_a_call_that_keeps_failing_is_raised_at_the_end(store, ledger):
         runs.close()
 
 
+def test_a_server_that_is_away_is_waited_for_longer_than_what_it_refuses(store, ledger, monkeypatch):
+    """How long depends on the error: a disk that is full is not waited for as a server is."""
+    monkeypatch.setattr(member_runs, "PAUSE", 0.01)
+    monkeypatch.setattr(member_runs, "PATIENCE", 0.0)
+    place = dataclasses.replace(ledger.place, uri="http://127.0.0.1:9")
+    for faults, error, outcome in (("YYN", OSError("reset"), 3), ("YYN", OSError(errno.ENOSPC, "full"), 1)):
+        calls, ahead = [], iter(faults)
+
+        def call(*args, calls=calls, ahead=ahead, error=error):
+            calls.append(1)
+            if next(ahead) == "Y":
+                raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MemberRuns, "_start", call)
+            runs = MemberRuns(place, Pack(members=MEMBERS[:1]), "cpu", patience=5.0)
+            runs.abandon()
+        assert (len(calls), runs._error) == (outcome, None if outcome == 3 else error)
+
+
 def test_passing_faults_of_the_store_are_waited_out(store, ledger, monkeypatch):
     """Every call fails now and then, before or after the first runs are made: two members end FINISHED, once each."""
     client, _ = store
@@ -222,6 +244,47 @@ def test_a_driver_of_this_machine_is_dead_as_soon_as_its_process_is(store):
     assert not tracking.is_gone(driver_of(process, space=""))
     for odd in ("", "host", f"host:{process.pid}:abc123", f"host:x:{tracking.process_space()}:abc"):
         assert not tracking.is_gone(odd)
+
+
+def test_a_heart_that_the_store_did_not_hear_beats_again_at_once(store, monkeypatch):
+    client, uri = store
+    monkeypatch.setattr(tracking, "HEARTBEAT", 0.5)
+    monkeypatch.setattr(tracking.Ledger, "beat", shaky(tracking.Ledger.beat, "YYY"))
+    ledger = tracking.open_sweep(client, uri, dataclasses.replace(SWEEP, name="unheard"))
+    ledger.heard -= 100.0
+    with pytest.raises(BrokenOffError, match="has not answered for 90 s; the same command goes on once it does"):
+        ledger.require_heard(90.0)
+    ledger.require_heard(110.0)
+    start = time.monotonic()
+    wait_for(lambda: time.monotonic() - ledger.heard < 50)
+    assert time.monotonic() - start < 1.5  # four whole pauses would be 2 s
+    ledger.require_heard(90.0)
+    ledger.close("FINISHED")
+
+
+def answers(*errors):
+    """A call that raises these, one after another, then answers 7."""
+    ahead = iter(errors)
+
+    def call():
+        error = next(ahead, None)
+        if error is not None:
+            raise error
+        return 7
+
+    return call
+
+
+def test_a_server_that_is_away_is_waited_for_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(tracking.time, "sleep", lambda seconds: None)
+    away, refused = MlflowException("API request failed: connection refused"), RestException({"error_code": "BAD"})
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert tracking.patiently(answers(away, OSError("reset"), away), "http://me:pw@host", 60.0) == 7
+    for error, uri in ((refused, "http://host"), (full, "http://host"), (away, "sqlite:///x.db")):
+        with pytest.raises(type(error)):
+            tracking.patiently(answers(error), uri, 60.0)
+    with pytest.raises(BrokenOffError, match=r"the MLflow store at http://me:\.\.\.@host has not answered for 0 s"):
+        tracking.patiently(answers(away, away), "http://me:pw@host", 0.0)
 
 
 def test_the_heart_beats_until_the_end(store, monkeypatch):

@@ -13,6 +13,7 @@ from cluster.dispatch import settle_resources, slots
 from cluster.pack import Pace, PackRun, make_pool
 from cluster.store import FolderStore
 from cluster.sweep import Pack
+from cluster.tracking import BrokenOffError
 from cluster.trial import ATTEMPTS, GIVE_UP, Attempts, TrialContext, forget_attempts, pool_name, to_parquet, train_pack
 from tests.test_pack import MEMBERS, SWEEP, SmallDevice
 
@@ -250,6 +251,20 @@ def test_packs_take_gpus_where_there_are_any(monkeypatch, nodes, wanted, expecte
     monkeypatch.setattr(dispatch.ray, "nodes", lambda: nodes)
     assert settle_resources(wanted) == expected
     assert slots(expected) == workers
+
+
+def test_a_cluster_without_a_place_is_waited_for_and_given_up(monkeypatch):
+    there, now = [], [0.0]
+    monkeypatch.setattr(dispatch.ray, "nodes", lambda: there)
+    monkeypatch.setattr(dispatch.time, "monotonic", lambda: now[0])
+    look = dispatch.Places({"CPU": 1.0, "GPU": 1.0}, patience=20.0)
+    progress = dispatch._Progress(print, print, [look])
+    for now[0], there[:] in ((15.0, []), (19.0, NODES), (30.0, NODES[:1]), (38.0, [])):
+        progress.on_step_begin(0, [])
+    now[0] = 39.5  # 20.5 s after the last look that found one
+    with pytest.raises(BrokenOffError, match="no node of the cluster has had CPU 1, GPU 1 for 20 s; the same command"):
+        progress.on_step_begin(0, [])
+    progress.on_step_begin(0, [])  # it has only just looked
 
 
 @pytest.mark.parametrize(
