@@ -10,6 +10,7 @@ import torch
 
 from cluster import dispatch, tracking, trial
 from cluster.dispatch import settle_resources, slots
+from cluster.member_runs import MemberRuns
 from cluster.pack import Pace, PackRun, make_pool
 from cluster.store import FolderStore
 from cluster.sweep import Pack
@@ -80,7 +81,9 @@ def test_a_pack_goes_from_the_pool_to_the_ledger(worker):
 
 def test_a_restarted_pack_logs_no_point_twice_and_no_table_changes(worker, monkeypatch):
     worker.run()
-    whole = {run.data.tags["member_id"]: run.data.tags["digest"] for run in worker.runs()}
+    whole = dict(tables_without_time(worker.client, run.info.run_id) for run in worker.runs())
+    for run in worker.runs():
+        tracking.supersede(worker.client, run.info.run_id, "redo")
     real, calls = trial.save_checkpoint, []
 
     def save_and_die(files, pack, state, curves):
@@ -101,15 +104,10 @@ def test_a_restarted_pack_logs_no_point_twice_and_no_table_changes(worker, monke
         assert [point.step for point in history] == list(SWEEP.probe.steps(14))
         times = [point.timestamp for point in history]
         assert times == sorted(times)
-    tables = [
-        tables_without_time(worker.client, run.info.run_id) for run in worker.runs() if run.info.status == "FINISHED"
-    ]
-    by_member = {}
-    for member, table in tables:
-        by_member.setdefault(member, []).append(table)
-    assert set(by_member) == set(whole)
-    for first, second in by_member.values():
-        pd.testing.assert_frame_equal(first, second)
+    again = dict(tables_without_time(worker.client, run.info.run_id) for run in last)
+    assert set(again) == set(whole)
+    for member, table in again.items():
+        pd.testing.assert_frame_equal(table, whole[member])
 
 
 def tables_without_time(client, run_id):
@@ -199,6 +197,30 @@ def test_a_pack_whose_worker_was_killed_goes_on_in_pieces(worker, monkeypatch):
     worker.run()
     assert sizes == [1, 1]
     assert "lost its worker" in next(report["note"] for report in worker.reports if report["note"])
+
+
+def test_a_worker_lost_while_it_ended_its_runs_leaves_only_the_others_to_train(worker, monkeypatch):
+    trained = []
+    real = PackRun.run
+    monkeypatch.setattr(PackRun, "run", lambda run: (trained.append([m.id for m in run.pack.members]), real(run)))
+    done, left = PACK.members
+    Attempts(worker.files, PACK).begin(0)
+    runs = MemberRuns(worker.ledger.place, PACK, "cpu")
+    runs.finish(done, {"curves.parquet": b"curves"})
+    runs.close()
+    worker.run()
+    assert trained == [[left.id]]
+    assert worker.reports[-1] | {"loss": 0} == worker.reports[-1] | {"loss": 0, "pack": PACK.id, "step": 14}
+    assert {report["pack"] for report in worker.reports} == {PACK.id}
+    statuses = sorted((run.data.tags["member_id"] == done.id, run.info.status) for run in worker.runs())
+    assert statuses == [(False, "FINISHED"), (False, "KILLED"), (True, "FINISHED")]
+    Attempts(worker.files, PACK).begin(0)  # lost after its last run, before it could say so
+    worker.reports.clear()
+    worker.run()
+    assert trained == [[left.id]]
+    assert [(report["pack"], report["step"]) for report in worker.reports] == [(PACK.id, 14)]
+    assert len(worker.runs()) == 3
+    assert worker.files.names(ATTEMPTS) == worker.files.names("checkpoints") == []
 
 
 def test_a_lost_device_ends_the_worker(worker, monkeypatch):
