@@ -182,8 +182,8 @@ class Ledger:
     place: Place
     driver: str
     lost: bool = False
-    heard: float = field(default_factory=time.monotonic)
-    """When the store last answered a beat, on the clock of `time.monotonic`."""
+    asked: float | None = None
+    """Since when the store has not answered beats, on the clock of `time.monotonic`; None where it has."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -206,11 +206,13 @@ class Ledger:
 
     def beat(self) -> None:
         """Say that this driver is alive; `lost` once another one has taken the sweep over."""
+        if self.asked is None:
+            self.asked = time.monotonic()
         holder = self.client.get_run(self.place.parent).data.tags.get("heartbeat", "").partition(" ")[2]
         self.lost = holder not in ("", self.driver)
         if not self.lost:
             self._claim()
-        self.heard = time.monotonic()
+        self.asked = None
 
     def _claim(self) -> None:
         self.client.set_tag(self.place.parent, "heartbeat", f"{time.time():.0f} {self.driver}")
@@ -224,7 +226,8 @@ class Ledger:
 
     def require_heard(self, patience: float) -> None:
         """Raise BrokenOffError once the store has not answered for so many seconds."""
-        if time.monotonic() - self.heard > patience:
+        asked = self.asked  # the thread that beats may be answered just now
+        if asked is not None and time.monotonic() - asked > patience:
             raise silent(self.place.uri, patience)
 
     def start_beating(self) -> None:

@@ -249,16 +249,18 @@ def test_a_driver_of_this_machine_is_dead_as_soon_as_its_process_is(store):
 def test_a_heart_that_the_store_did_not_hear_beats_again_at_once(store, monkeypatch):
     client, uri = store
     monkeypatch.setattr(tracking, "HEARTBEAT", 0.5)
-    monkeypatch.setattr(tracking.Ledger, "beat", shaky(tracking.Ledger.beat, "YYY"))
+    monkeypatch.setattr(tracking.MlflowClient, "get_run", shaky(tracking.MlflowClient.get_run, "YYY"))
     ledger = tracking.open_sweep(client, uri, dataclasses.replace(SWEEP, name="unheard"))
-    ledger.heard -= 100.0
+    ledger.require_heard(0.0)  # no beat is due yet
+    wait_for(lambda: ledger.asked is not None)
+    start = time.monotonic()
+    ledger.asked -= 100.0
     with pytest.raises(BrokenOffError, match="has not answered for 90 s; the same command goes on once it does"):
         ledger.require_heard(90.0)
     ledger.require_heard(110.0)
-    start = time.monotonic()
-    wait_for(lambda: time.monotonic() - ledger.heard < 50)
-    assert time.monotonic() - start < 1.5  # four whole pauses would be 2 s
-    ledger.require_heard(90.0)
+    wait_for(lambda: ledger.asked is None)
+    assert time.monotonic() - start < 1.0  # three whole pauses would be 1.5 s
+    ledger.require_heard(0.0)
     ledger.close("FINISHED")
 
 

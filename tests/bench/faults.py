@@ -59,7 +59,7 @@ class Stage:
             "curves bit for bit": found.same,
             "trained again when done": found.again,
             "runs of a member, most": found.most_runs,
-            "extra steps": f"{found.extra / (found.members * self.steps):.1%}",
+            "extra steps": f"{found.extra / (found.members * self.steps):.2%}",
             "of them before the last checkpoint": found.beyond,
             "wall s": seconds,
             "over undisturbed": seconds / self.undisturbed if found.members == self.members else None,
@@ -167,7 +167,7 @@ def fill(stage: Stage, given_up: bool) -> Row:
     """`disk_full`, or `disk_full_given_up`."""
     size = sum(path.stat().st_size for path in (stage.folder / "undisturbed" / "mlartifacts").rglob("*.*"))
     room = size * (16 if given_up else stage.members) // stage.members // 3 // 1024
-    scene = stage.scene("given-up", members=16, more=["--patience", "5"]) if given_up else stage.scene("full")
+    scene = stage.scene("given-up", members=16, more=["--patience", "15"]) if given_up else stage.scene("full")
     with small_disk(scene.folder / "mlartifacts", room) as make_room:
         start = time.monotonic()
         process = scene.start()
