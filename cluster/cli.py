@@ -421,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in NO_DISK:
             raise
-        print(f"headway: {error}", file=sys.stderr)
+        print(f"headway: {error}; the same command goes on once that is mended", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         goes_on = (

@@ -133,7 +133,7 @@ class Scene:
     server: Server | None = None
     address: str | None = None
     more: Sequence[str] = ()
-    logs: list[Path] = field(default_factory=list)
+    logs: dict[int, Path] = field(default_factory=dict)
 
     @property
     def ledger(self) -> Path:
@@ -151,10 +151,14 @@ class Scene:
     def start(self) -> subprocess.Popen[str]:
         """The sweep, in a session of its own; what it says goes to a log."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.logs.append(self.folder / f"log-{len(self.logs)}")
-        with self.logs[-1].open("w") as log:
+        path = self.folder / f"log-{len(self.logs)}"
+        with path.open("w") as log:
             streams = {"stdout": log, "stderr": log, "text": True}
-            return subprocess.Popen(self.command, cwd=self.folder, env=environment(), start_new_session=True, **streams)
+            process = subprocess.Popen(
+                self.command, cwd=self.folder, env=environment(), start_new_session=True, **streams
+            )
+        self.logs[process.pid] = path
+        return process
 
     def end(self, process: subprocess.Popen[str], seconds: float = 900.0, code: int = 0) -> str:
         """Wait for its end. Its last words; AssertionError for another exit code, or a traceback."""
@@ -164,7 +168,7 @@ class Scene:
             process.kill()
             process.wait()
             raise
-        said = self.logs[-1].read_text()
+        said = self.logs[process.pid].read_text()
         assert found == code, f"exit code {found}, not {code}: {said[-3000:]}"
         assert "\nTraceback" not in said, said[-3000:]
         return said
@@ -308,14 +312,21 @@ def add_node(cluster: Any) -> Any:
 # ---- faults
 
 
-def kill_workers(scene: Scene, process: subprocess.Popen[str], times: int, chance: random.Random) -> int:
+def kill_workers(
+    scene: Scene,
+    process: subprocess.Popen[str],
+    times: int,
+    chance: random.Random,
+    pause: tuple[float, float] = (1.0, 4.0),
+) -> int:
     """SIGKILL a worker in the middle of a pack, at random moments, until it was done so often or the sweep is over.
 
-    Three of four have kept a checkpoint: a pack whose workers die again and again before they have is given up.
+    Three of four have kept a checkpoint: a pack whose workers die again and again before they have is given up. pause:
+    the least and the most seconds between two.
     """
     done = 0
     while done < times and process.poll() is None:
-        time.sleep(chance.uniform(1.0, 4.0))
+        time.sleep(chance.uniform(*pause))
         if busy := [attempt for attempt in scene.busy() if attempt.kept or done % 4 == 0]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(busy).pid, signal.SIGKILL)

@@ -169,7 +169,10 @@ def test_a_second_axis_flag_adds_to_the_first(capsys):
     ("error", "line"),
     [
         (BrokenOffError("no node; the same command goes on"), "headway: no node; the same command goes on\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "/x"), "headway: [Errno 28] No space left on device: '/x'\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x"),
+            "headway: [Errno 28] No space left on device: '/x'; the same command goes on once that is mended\n",
+        ),
     ],
 )
 def test_what_breaks_a_sweep_off_from_outside_is_one_line_and_code_1(monkeypatch, capsys, error, line):

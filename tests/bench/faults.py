@@ -102,7 +102,6 @@ def second_driver(stage: Stage) -> Row:
     faults.under_way(scene, process, 0.0)
     said = scene.run(code=2)
     assert "is held by driver" in said, said
-    scene.logs.reverse()
     scene.end(process)
     return stage.row("a second driver beside the first: it refuses", 1, scene, time.monotonic() - start)
 
