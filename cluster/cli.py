@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -51,6 +52,7 @@ COMMANDS: Mapping[str, str] = {
     "jobs": "cluster.jobs:jobs_command",
     "stop": "cluster.jobs:stop_command",
 }
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 GO_ON = ("sweep", "probe", "search")  # which the same command goes on with
 
 
@@ -86,21 +88,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough (`headway ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in NO_DISK:
+            raise
+        print(f"headway: {error}; the same command goes on once that is mended", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         goes_on = "; the ledger says what is done, the same command goes on from there" if command in GO_ON else ""
         print(f"headway: stopped{goes_on}", file=sys.stderr)
         return 130
     except Exception as error:
-        if not is_of_mlflow(error):
+        if is_a(error, "cluster.tracking", "BrokenOffError"):
+            print(f"headway: {error}", file=sys.stderr)
+        elif is_a(error, "mlflow.exceptions", "MlflowException"):
+            print(f"headway: MLflow: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
             raise
-        print(f"headway: MLflow: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
 
 
-def is_of_mlflow(error: Exception) -> bool:
-    """Whether the store said it; MLflow itself is loaded by those who ask it, not here."""
-    known = sys.modules.get("mlflow.exceptions")
-    return known is not None and isinstance(error, known.MlflowException)
+def is_a(error: Exception, module: str, name: str) -> bool:
+    """Whether an error is of a class of a module, which is not loaded for this."""
+    known = sys.modules.get(module)
+    return known is not None and isinstance(error, getattr(known, name))
 
 
 if __name__ == "__main__":

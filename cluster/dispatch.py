@@ -8,7 +8,8 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -18,6 +19,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C reaches the driver, which then tells the ledger
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # tracebacks of trials that nobody waits for any more
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 
 import ray
@@ -27,14 +29,36 @@ from ray.tune.search import Searcher
 
 from cluster.sizing import Room
 from cluster.sweep import MemberConfig, digest, part_sizes
+from cluster.tracking import BrokenOffError
 from cluster.trial import Report, SearchContext, TrialContext, pool_name, train_pack, train_point
 from sim.checks import require
 from sim.pool import Pool
 
 LOST = "the worker kept failing"
 RETRIES = 12  # of one trial; a pack gives up by itself sooner, after three failures at one step
+PLACES_WAIT = 300.0  # seconds without a node that a trial fits on, unless told otherwise
+LOOK_EVERY = 1.0  # seconds between looks at whether trials can go on
 
 OnReport = Callable[[Report], None]
+Watch = Callable[[], None]
+
+
+class Places:
+    """Raises BrokenOffError once no node has had room for a trial for `patience` seconds: Tune would wait for ever."""
+
+    def __init__(self, resources: Mapping[str, float], patience: float = PLACES_WAIT) -> None:
+        self.resources, self.patience, self.seen = resources, patience, time.monotonic()
+
+    def __call__(self) -> None:
+        """Look now."""
+        if slots(self.resources):
+            self.seen = time.monotonic()
+        elif time.monotonic() - self.seen > self.patience:
+            wanted = ", ".join(f"{name} {amount:g}" for name, amount in self.resources.items())
+            raise BrokenOffError(
+                f"no node of the cluster has had {wanted} for {self.patience:.0f} s; "
+                "the same command goes on once one has, from the last checkpoints"
+            )
 
 
 @contextmanager
@@ -145,11 +169,23 @@ def open_shelf() -> Any:
 class _Progress(Callback):
     """Hands trial reports to the driver's own function, which holds the terminal and stays behind when Tune pickles.
 
-    lost: what is reported of a trial, by its config, that has used up its retries.
+    lost: what is reported of a trial, by its config, that has used up its retries. watches: called every second, they
+    raise BrokenOffError where trials cannot go on.
     """
 
-    def __init__(self, on_report: OnReport, lost: Callable[[Mapping[str, Any]], Report]) -> None:
-        self.on_report, self.lost = on_report, lost
+    def __init__(
+        self, on_report: OnReport, lost: Callable[[Mapping[str, Any]], Report], watches: Sequence[Watch] = ()
+    ) -> None:
+        self.on_report, self.lost, self.watches = on_report, lost, watches
+        self.looked = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune's hook, called several times a second."""
+        if time.monotonic() - self.looked < LOOK_EVERY:
+            return
+        self.looked = time.monotonic()
+        for watch in self.watches:
+            watch()
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
         return Callback, ()
@@ -165,8 +201,14 @@ class _Progress(Callback):
         self.on_report(self.lost(trial.config))
 
 
-def run_packs(context: TrialContext, resources: Mapping[str, float], on_report: OnReport) -> None:
-    """Run one trial per pack and wait for all. Failures are told through `on_report`; the ledger has their causes."""
+def run_packs(
+    context: TrialContext, resources: Mapping[str, float], on_report: OnReport, watch: Watch = lambda: None
+) -> None:
+    """Run one trial per pack and wait for all. Failures are told through `on_report`; the ledger has their causes.
+
+    watch: called every second, to raise BrokenOffError where nothing can go on. So does a cluster without a place for
+    packs.
+    """
 
     def lost(config: Mapping[str, Any]) -> Report:
         pack = context.packs[config["pack"]]
@@ -175,7 +217,7 @@ def run_packs(context: TrialContext, resources: Mapping[str, float], on_report: 
     run_trials(
         tune.with_parameters(train_pack, context=context),
         resources,
-        _Progress(on_report, lost),
+        _Progress(on_report, lost, (watch, Places(resources, context.patience))),
         TuneConfig(reuse_actors=True),
         param_space={"pack": tune.grid_search(list(range(len(context.packs))))},
     )
@@ -197,7 +239,7 @@ def run_points(
     run_trials(
         tune.with_parameters(train_point, context=context),
         resources,
-        _Progress(on_report, lost),
+        _Progress(on_report, lost, (Places(resources),)),
         TuneConfig(reuse_actors=True, search_alg=searcher, num_samples=-1),
         stop=stopper,
     )

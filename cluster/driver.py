@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 import time
@@ -10,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import ray
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from cluster import analysis as analyses
 from cluster import tracking
@@ -57,11 +58,13 @@ class Settings:
     """Members trained together. Default: such that every worker has work, and no more than gain or fit (--dry-run)."""
     checkpoint_every: float = 60.0
     """Seconds between checkpoints of a running pack."""
+    patience: float = 300.0
+    """Seconds to wait for an MLflow server that is away, or for a node to train on, before the sweep is broken off."""
     redo: bool = False
     """Train members again that are done; their old runs leave the count."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "workers", "pack_size", "checkpoint_every"):
+        for name in ("gpus", "workers", "pack_size", "checkpoint_every", "patience"):
             value = getattr(self, name)
             allowed = value is None or (math.isfinite(value) and (value > 0 or (name, value) == ("gpus", 0)))
             require(allowed, name, value, "a finite number above 0")
@@ -176,8 +179,13 @@ def held_ledger(desk: Desk, sweep: Sweep) -> Iterator[Ledger]:
         raise RuntimeError(f"the sweep was broken off by {error!r}") from error
     finally:
         ray.shutdown()
-        ledger.settle(running_too=True)
-        ledger.close(status)
+        try:
+            ledger.settle(running_too=True)
+            ledger.close(status)
+        except (MlflowException, OSError):
+            if status == "FINISHED":
+                raise
+            warn("the ledger cannot be told how this ended; the same command does so when it goes on")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +204,17 @@ def _run(job: Job) -> Outcome:
     start = time.monotonic()
     if job.desk.settings.redo:
         retire(job)
-    counted = job.ledger.settle(running_too=True)
+    counted = settled(job)
     missing = [member for member in job.members if member.id not in counted]
     if missing:
         train(job, missing)
-        counted = job.ledger.settle(running_too=True)
+        counted = settled(job)
     lost = {member.id for member in job.members} - counted.keys()
-    analysis, report = analyze(job.desk, job.sweep, job.ledger.place, counted, job.display)
+    analysis, report = tracking.patiently(
+        lambda: analyze(job.desk, job.sweep, job.ledger.place, counted, job.display),
+        job.desk.uri,
+        job.desk.settings.patience,
+    )
     return Outcome(
         place=job.ledger.place,
         analysis=analysis,
@@ -211,6 +223,12 @@ def _run(job: Job) -> Outcome:
         failed=len(lost),
         seconds=time.monotonic() - start,
     )
+
+
+def settled(job: Job) -> dict[str, Run]:
+    """The run that counts for each settled member, all others told truthfully. No worker may be at work."""
+    settle = functools.partial(job.ledger.settle, running_too=True)
+    return tracking.patiently(settle, job.desk.uri, job.desk.settings.patience)
 
 
 def analyze(
@@ -263,15 +281,15 @@ def train(job: Job, missing: Sequence[Member]) -> None:
         store=store,
         pace=Pace(checkpoint=job.desk.settings.checkpoint_every),
         gpus=job.resources.get("GPU", 0.0),
+        patience=job.desk.settings.patience,
     )
 
-    def on_report(report: Report) -> None:
+    def watch() -> None:
         job.ledger.require_held()
-        job.display.progress(report)
+        job.ledger.require_heard(context.patience)
 
-    run_packs(context, job.resources, on_report)
-    settled = job.ledger.settle(running_too=True)
-    drop_checkpoints(files, settled.keys())
+    run_packs(context, job.resources, job.display.progress, watch)
+    drop_checkpoints(files, settled(job).keys())
 
 
 def warn_of_code(parent: Run) -> None:
@@ -303,6 +321,4 @@ def comparison_hint(desk: Desk, place: Place) -> str:
     """The link to the comparison on a server, or the command that opens one on a local store."""
     if desk.uri.startswith("http"):
         return desk.uri.rstrip("/") + tracking.comparison_path(place)
-    parts = urlsplit(desk.uri)
-    shown = desk.uri.replace(f":{parts.password}@", ":...@") if parts.password else desk.uri
-    return f"headway ui --tracking-uri {shown}"
+    return f"headway ui --tracking-uri {tracking.shown(desk.uri)}"

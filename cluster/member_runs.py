@@ -16,10 +16,11 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from cluster.sweep import Member, Pack
-from cluster.tracking import BATCH, KIND, PARENT, Place, code_version, search, supersede
+from cluster.tracking import BATCH, KIND, PARENT, Place, code_version, is_outage, search, supersede
 from sim import system_name
 
 PAUSE = 0.5  # seconds before a call that failed is tried again, doubling up to 8
+PATIENCE = 60.0  # seconds for which a call that a store or a disk refuses is tried again
 
 
 def running_of(client: MlflowClient, place: Place, members: Iterable[str]) -> list[Run]:
@@ -64,10 +65,11 @@ def member_params(member: Member) -> dict[str, str]:
 class MemberRuns:
     """The MLflow runs of one pack's members, written from a thread of their own so that training never waits.
 
-    A call that fails is tried again for a while; what still fails is raised by `close`.
+    A call that fails is tried again for a while, for `patience` seconds where the server is away; what still fails is
+    raised by `close`.
     """
 
-    def __init__(self, place: Place, pack: Pack, device: str, patience: float = 60.0) -> None:
+    def __init__(self, place: Place, pack: Pack, device: str, patience: float = PATIENCE) -> None:
         self.place, self.pack, self.device, self.patience = place, pack, device, patience
         self.client = MlflowClient(tracking_uri=place.uri)
         self.points: list[list[Metric]] = [[] for _ in pack.members]
@@ -101,12 +103,13 @@ class MemberRuns:
                 return
 
     def _patiently(self, job: Callable[[], None]) -> None:
-        deadline, pause = time.monotonic() + self.patience, PAUSE
+        begun, pause = time.monotonic(), PAUSE
         while True:
             try:
                 return job()
-            except (MlflowException, OSError):
-                if time.monotonic() + pause > deadline:
+            except (MlflowException, OSError) as error:
+                patience = self.patience if is_outage(error, self.place.uri) else min(self.patience, PATIENCE)
+                if time.monotonic() + pause > begun + patience:
                     raise
                 time.sleep(pause)
                 pause = min(2 * pause, 8.0)

@@ -18,10 +18,11 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -31,7 +32,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 
 from cluster.encoding import encode
 from cluster.sweep import Sweep
@@ -48,10 +49,15 @@ DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead
 PAGE = 5000  # runs in one answer
 BATCH = 1000  # metrics in one request, MLflow's limit
 PARENT, KIND = "mlflow.parentRunId", "kind"
+Result = TypeVar("Result")
 
 
 class TrackingError(ValueError):
     """The tracking store cannot be used, or another driver holds the sweep; one line says which."""
+
+
+class BrokenOffError(RuntimeError):
+    """Work under way cannot go on, for a reason outside of it; one line says which. The same command goes on later."""
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -89,6 +95,43 @@ def _require_healthy(uri: str) -> None:
         raise TrackingError(f"tracking_uri: the server at {uri!r} answers its health check with status {status}")
 
 
+def shown(uri: str) -> str:
+    """A URI as it may be shown, without its password."""
+    secret = urlsplit(uri).password
+    return uri.replace(f":{secret}@", ":...@") if secret else uri
+
+
+def patiently(call: Callable[[], Result], uri: str, patience: float) -> Result:
+    """What the call returns, made again where it failed for want of a server; it must bear repeating.
+
+    BrokenOffError once no server has answered for so many seconds. Other errors, and those of other stores, are raised.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return call()
+        except (MlflowException, OSError) as error:
+            if not is_outage(error, uri):
+                raise
+            if time.monotonic() > deadline:
+                raise silent(uri, patience) from error
+            time.sleep(1.0)
+
+
+def is_outage(error: Exception, uri: str) -> bool:
+    """Whether a call failed on its way to a server; not what the server itself, a database or a disk refuses."""
+    answered = isinstance(error, RestException) or getattr(error, "errno", None) is not None
+    return uri.startswith("http") and not answered
+
+
+def silent(uri: str, patience: float) -> BrokenOffError:
+    """The error of a store that has not answered for so many seconds."""
+    return BrokenOffError(
+        f"the MLflow store at {shown(uri)} has not answered for {patience:.0f} s; "
+        "the same command goes on once it does, from the last checkpoints"
+    )
+
+
 def experiment_id(client: MlflowClient, uri: str) -> str:
     """The experiment that holds all sweeps, made if need be; beside a SQLite file artifacts lie in `mlartifacts`."""
     found = client.get_experiment_by_name(EXPERIMENT)
@@ -120,11 +163,6 @@ def code_version() -> str:
     return f"{number}+{content.hexdigest()}"
 
 
-def driver_name() -> str:
-    """Of this process, in heartbeats."""
-    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
-
-
 def now_ms() -> int:
     """Unix time in milliseconds."""
     return int(time.time() * 1000)
@@ -147,6 +185,8 @@ class Ledger:
     place: Place
     driver: str
     lost: bool = False
+    asked: float | None = None
+    """Since when the store has not answered beats, on the clock of `time.monotonic`; None where it has."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -161,37 +201,50 @@ class Ledger:
             member = run.data.tags["member_id"]
             if is_settled(run) and kept[member] is not run:
                 supersede(self.client, run.info.run_id, kept[member].info.run_id)
+            elif "superseded_by" in run.data.tags and run.info.status == "FINISHED":
+                self.client.set_terminated(run.info.run_id, "KILLED")  # by a worker that had been given up
             elif running_too and run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "KILLED")
         return kept
 
     def beat(self) -> None:
         """Say that this driver is alive; `lost` once another one has taken the sweep over."""
+        if self.asked is None:
+            self.asked = time.monotonic()
         holder = self.client.get_run(self.place.parent).data.tags.get("heartbeat", "").partition(" ")[2]
         self.lost = holder not in ("", self.driver)
         if not self.lost:
             self._claim()
+        self.asked = None
 
     def _claim(self) -> None:
         self.client.set_tag(self.place.parent, "heartbeat", f"{time.time():.0f} {self.driver}")
 
     def require_held(self) -> None:
-        """Raise RuntimeError once another driver has taken the sweep over."""
+        """Raise BrokenOffError once another driver has taken the sweep over."""
         if self.lost:
-            raise RuntimeError(
+            raise BrokenOffError(
                 f"another driver has taken over the sweep, as this one was silent for {DEAD_AFTER:.0f} s"
             )
+
+    def require_heard(self, patience: float) -> None:
+        """Raise BrokenOffError once the store has not answered for so many seconds."""
+        asked = self.asked  # the thread that beats may be answered just now
+        if asked is not None and time.monotonic() - asked > patience:
+            raise silent(self.place.uri, patience)
 
     def start_beating(self) -> None:
         """Beat from a thread until `close`."""
         self._claim()
 
         def loop() -> None:
-            while not self._stop.wait(HEARTBEAT) and not self.lost:
+            pause = HEARTBEAT
+            while not self._stop.wait(pause) and not self.lost:
                 try:
                     self.beat()
-                except (MlflowException, OSError):  # the store is away for the moment; a later beat will tell
-                    continue
+                    pause = HEARTBEAT
+                except (MlflowException, OSError):  # the store is away: once it is back, nobody must think us dead
+                    pause = HEARTBEAT / 10
 
         self._thread = threading.Thread(target=loop, name="heartbeat", daemon=True)
         self._thread.start()
@@ -337,14 +390,47 @@ def comparison_path(place: Place) -> str:
     return f"/#/experiments/{place.experiment}/runs?viewStateShareKey={place.parent}&compareRunsMode=CHART"
 
 
+@functools.cache
+def process_space() -> str:
+    """Names the machine since its last start, and the space of process numbers that this process sees there (that of a
+    container, where it is in one). Empty where the system does not tell."""
+    try:
+        boot, space = Path("/proc/sys/kernel/random/boot_id").read_text(), Path("/proc/self/ns/pid").readlink()
+    except OSError:
+        return ""
+    return hashlib.blake2b(f"{boot} {space}".encode(), digest_size=4).hexdigest()
+
+
+def driver_name() -> str:
+    """Of this process, in heartbeats: host, process number, `process_space`, and something unique."""
+    return f"{socket.gethostname()}:{os.getpid()}:{process_space()}:{uuid.uuid4().hex[:6]}"
+
+
+def is_gone(driver: str) -> bool:
+    """Whether a driver was a process of this very machine and is no more; False where that cannot be known from here.
+
+    A host's name does not say as much: two containers may share it and have process numbers of their own.
+    """
+    parts = driver.split(":")
+    if len(parts) != 4 or not parts[2] or parts[2] != process_space():
+        return False
+    try:
+        state = Path(f"/proc/{int(parts[1])}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, IndexError):
+        return False
+    return state in "ZX"  # dead, and its parent has not asked how it ended
+
+
 def require_free(parent: Run) -> None:
-    """Raise TrackingError while another driver's heartbeat is fresh."""
+    """Raise TrackingError while another driver's heartbeat is fresh and its process is not known to be gone."""
     beat = parent.data.tags.get("heartbeat", "")
     if not beat:
         return
     when, _, driver = beat.partition(" ")
     age = time.time() - float(when)
-    if age < DEAD_AFTER:
+    if age < DEAD_AFTER and not is_gone(driver):
         raise TrackingError(
             f"sweep {parent.data.tags['sweep_id']} is held by driver {driver} (heartbeat {age:.0f} s ago); "
             f"wait for it, or {DEAD_AFTER:.0f} s after its last heartbeat"

@@ -10,18 +10,19 @@ import statistics
 import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from mlflow import MlflowClient
 from ray import tune
 
 from cluster.curves import Columns, Curves
 from cluster.encoding import decode, encode
-from cluster.member_runs import MemberRuns
+from cluster.member_runs import PATIENCE, MemberRuns
 from cluster.pack import (
     Clock,
     Figures,
@@ -36,7 +37,7 @@ from cluster.pack import (
 )
 from cluster.store import open_store
 from cluster.sweep import MemberConfig, Pack, Sweep, part_sizes, versions
-from cluster.tracking import Place
+from cluster.tracking import Place, children, counted, patiently
 from probes.probe import Probe
 from sim.pool import Pool, digest_of
 from sim.system import System
@@ -52,7 +53,8 @@ FLUSH_EVERY = 10.0  # seconds between metric batches to MLflow
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialContext:
     """What all trials of a sweep share. `pools`: object references of pool arrays by `pool_name`; `gpus`: a pack's;
-    `watched`: the driver is told the validation loss of every probe step."""
+    `watched`: the driver is told the validation loss of every probe step; `patience`: seconds that work waits for a
+    store, or a node, that is away."""
 
     packs: tuple[Pack, ...]
     pools: Mapping[str, Any]
@@ -61,6 +63,7 @@ class TrialContext:
     pace: Pace
     gpus: float = 0.0
     watched: bool = False
+    patience: float = PATIENCE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +135,11 @@ def train_here(pack: Pack, context: TrialContext) -> None:
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
     attempts = Attempts(open_store(context.store), pack)
-    runs = MemberRuns(context.place, pack, device_name(device))
+    left = unsettled(pack, context) if attempts.begun else pack
+    if not left.members:
+        end(attempts, pack)
+        return
+    runs = MemberRuns(context.place, left, device_name(device), context.patience)
     try:
         cause = attempts.begin(progress_of(attempts.files, pack))
         if cause is not None:
@@ -141,14 +148,12 @@ def train_here(pack: Pack, context: TrialContext) -> None:
             return
         if device == "cuda":
             torch.cuda.set_per_process_memory_fraction(min(1.0, context.gpus))
-        sink = TrialSink(attempts.files, runs, context.watched)
+        sink = TrialSink(attempts.files, runs, context.watched and left is pack, pack.id)
         if (pieces := attempts.pieces) > 1:
-            sink.note(pack, f"lost its worker, perhaps for want of memory: goes on in {pieces} pieces")
-        run_pack(pack, *pool_and_probes(pack.config, context.pools, device), sink, context.pace, pieces)
+            sink.note(left, f"lost its worker, perhaps for want of memory: goes on in {pieces} pieces")
+        run_pack(left, *pool_and_probes(pack.config, context.pools, device), sink, context.pace, pieces)
         runs.close()
-        drop_checkpoints(attempts.files, {member.id for member in pack.members})
-        attempts.end()
-        Report(pack=pack.id, step=pack.config.train.steps, loss=sink.loss).send()
+        end(attempts, pack, sink.loss)
     except Exception as error:
         attempts.note(error)
         if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
@@ -156,6 +161,21 @@ def train_here(pack: Pack, context: TrialContext) -> None:
         raise
     finally:
         runs.abandon()
+
+
+def unsettled(pack: Pack, context: TrialContext) -> Pack:
+    """The pack without settled members: a worker may be lost while it tells the ledger of one after another."""
+    client = MlflowClient(tracking_uri=context.place.uri)
+    done = patiently(lambda: counted(children(client, context.place)), context.place.uri, context.patience)
+    left = tuple(member for member in pack.members if member.id not in done)
+    return pack if len(left) == len(pack.members) else replace(pack, members=left)
+
+
+def end(attempts: Attempts, pack: Pack, loss: float = float("nan")) -> None:
+    """Drop what only an unfinished pack needs, and tell the driver."""
+    drop_checkpoints(attempts.files, {member.id for member in pack.members})
+    attempts.end()
+    Report(pack=pack.id, step=pack.config.train.steps, loss=loss).send()
 
 
 def progress_of(files: Files, pack: Pack) -> int:
@@ -219,6 +239,11 @@ class Attempts:
         self.files.put(self.name, json.dumps(body).encode())
 
     @property
+    def begun(self) -> bool:
+        """Whether the pack was begun before, under this driver."""
+        return bool(self._read()["progress"] >= 0)
+
+    @property
     def pieces(self) -> int:
         """Into how many packs this one should be cut."""
         return int(self._read()["pieces"])
@@ -254,10 +279,13 @@ class Attempts:
 
 
 class TrialSink:
-    """Checkpoints to the store, points and tables to MLflow, progress to Tune. watched: see `TrialContext`."""
+    """Checkpoints to the store, points and tables to MLflow, progress to Tune.
 
-    def __init__(self, files: Files, runs: MemberRuns, watched: bool = False) -> None:
-        self.files, self.runs, self.watched, self.loss = files, runs, watched, float("nan")
+    watched: see `TrialContext`. pack_id: of the pack that the driver knows, of which only some members may be left.
+    """
+
+    def __init__(self, files: Files, runs: MemberRuns, watched: bool, pack_id: str) -> None:
+        self.files, self.runs, self.watched, self.pack_id, self.loss = files, runs, watched, pack_id, float("nan")
         self.validation: dict[int, dict[str, float]] = {}
         self.report, self.flush = Clock(REPORT_EVERY), Clock(FLUSH_EVERY)
         self.steps = dict.fromkeys(runs.index, runs.pack.start)
@@ -279,7 +307,7 @@ class TrialSink:
 
     def _report(self, note: str = "") -> None:
         step = sum(self.steps.values()) // len(self.steps)
-        Report(pack=self.runs.pack.id, step=step, loss=self.loss, note=note).send()
+        Report(pack=self.pack_id, step=step, loss=self.loss, note=note).send()
 
     def progress(self, pack: Pack, step: int, figures: Figures) -> None:
         """Points for MLflow; every second or so a report to the driver. Raises what MLflow could not take."""
@@ -300,7 +328,7 @@ class TrialSink:
         seen |= {member.id: capped(loss, system) for member, loss in zip(pack.members, losses, strict=True)}
         if len(seen) == len(self.runs.index):
             median = statistics.median(self.validation.pop(step).values())
-            Report(pack=self.runs.pack.id, step=step, loss=self.loss, validation=median).send()
+            Report(pack=self.pack_id, step=step, loss=self.loss, validation=median).send()
 
     def save(self, pack: Pack, state: State, curves: Curves) -> None:
         """To the store."""

@@ -143,3 +143,17 @@ def test_manifests_are_plain_json(tmp_path):
     body = json.loads(files.get(f"{checkpoint.FOLDER}/p-000000007.json"))
     assert body["members"] == ["a", "b"]
     assert body["step"] == 7
+
+
+@pytest.mark.parametrize("field", ["step", "file"])
+def test_a_manifest_with_a_flipped_bit_in_its_step_or_file_is_not_believed(tmp_path, field):
+    """The tensors' own checksum still holds; only the name that the manifest was written under tells."""
+    files, notes = FolderStore(tmp_path), []
+    for step in (10, 20):
+        save(files, "p", ["a"], step)
+    name = f"{checkpoint.FOLDER}/p-000000020.json"
+    body = json.loads(files.get(name))
+    changed = {"step": 21, "file": body["file"].replace("20.npz", "10.npz")}
+    files.put(name, json.dumps({**body, field: changed[field]}).encode())
+    assert restored(files, ["a"], notes)[0] == 10
+    assert "it names another file or step" in notes[0]

@@ -1,15 +1,19 @@
 """The command as a user types it: help that teaches, plans, and bad input in one line with code 2, nothing started."""
 
+import errno
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mlflow.exceptions import MlflowException
 
-from cluster import cli, dispatch
+from cluster import cli, commands, dispatch, driver
 from cluster.arguments import parse_axes
 from cluster.cli import main
+from cluster.tracking import BrokenOffError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,3 +170,38 @@ def test_every_command_is_there_and_help_waits_for_none_of_them():
     code = "import sys; from cluster import cli; cli.main(['--help']); cli.main(['--version']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "ray", "mlflow", "optuna", "matplotlib", "pandas"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (BrokenOffError("no node; the same command goes on"), "headway: no node; the same command goes on\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x"),
+            "headway: [Errno 28] No space left on device: '/x'; the same command goes on once that is mended\n",
+        ),
+    ],
+)
+def test_what_breaks_a_sweep_off_from_outside_is_one_line_and_code_1(monkeypatch, capsys, error, line):
+    def break_off(*args):
+        raise error
+
+    monkeypatch.setattr(commands, "run_sweep", break_off)
+    assert main(["sweep", "tiny"]) == 1
+    assert capsys.readouterr().err == line
+
+
+def test_a_ledger_that_cannot_be_told_hides_no_cause(monkeypatch, capsys):
+    """The server is away at the end too: why the sweep ended is what is raised; only a good end needs the ledger."""
+
+    class Away:
+        def settle(self, running_too):
+            raise MlflowException("API request failed")
+
+    monkeypatch.setattr(driver.tracking, "open_sweep", lambda *args: Away())
+    monkeypatch.setattr(driver.ray, "shutdown", lambda: None)
+    with pytest.raises(BrokenOffError, match="no server"), driver.held_ledger(SimpleNamespace(client=0, uri=""), None):
+        raise BrokenOffError("no server")
+    assert "the ledger cannot be told how this ended" in capsys.readouterr().err
+    with pytest.raises(MlflowException), driver.held_ledger(SimpleNamespace(client=0, uri=""), None):
+        pass

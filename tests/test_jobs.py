@@ -124,7 +124,7 @@ def test_a_cluster_that_has_just_begun_is_asked_again(client, console, capsys):
     assert jobs.submit_command(["tiny", *PLACE, "--address", URL], console) == 0
     assert client.sent
     client.refusals = ["Request failed with status code 500: no"]
-    with pytest.raises(ValueError, match="refused .*no"):
+    with pytest.raises(ValueError, match=r"refused .*no"):
         jobs.submit_command(["tiny", *PLACE, "--address", URL], console)
 
 

@@ -1,17 +1,22 @@
 """The ledger, on a real SQLite store: who is done, who counts, who holds a sweep."""
 
 import dataclasses
+import errno
 import http.server
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+from mlflow.exceptions import MlflowException, RestException
 
 from cluster import member_runs, tracking
 from cluster.member_runs import MemberRuns
 from cluster.sweep import Pack, Sweep, validate
-from cluster.tracking import TrackingError
+from cluster.tracking import BrokenOffError, TrackingError
 from train.config import TrainConfig
 
 SWEEP = Sweep(name="ledger", widths=(16, 32), seeds=2, train=TrainConfig(steps=9))
@@ -95,6 +100,7 @@ def test_the_earliest_finished_run_counts(store, ledger):
     assert late.data.tags["superseded_by"] == first
     client.set_terminated(second, "FINISHED")  # a zombie worker ends once more
     assert ledger.settle(running_too=False)[MEMBERS[0].id].info.run_id == first
+    assert client.get_run(second).info.status == "KILLED"
 
 
 def test_runs_left_running_become_killed_and_their_members_are_missing(store, ledger):
@@ -140,6 +146,26 @@ def test_a_call_that_keeps_failing_is_raised_at_the_end(store, ledger):
     )
     with pytest.raises(Exception, match="999"):
         runs.close()
+
+
+def test_a_server_that_is_away_is_waited_for_longer_than_what_it_refuses(store, ledger, monkeypatch):
+    """How long depends on the error: a disk that is full is not waited for as a server is."""
+    monkeypatch.setattr(member_runs, "PAUSE", 0.01)
+    monkeypatch.setattr(member_runs, "PATIENCE", 0.0)
+    place = dataclasses.replace(ledger.place, uri="http://127.0.0.1:9")
+    for faults, error, outcome in (("YYN", OSError("reset"), 3), ("YYN", OSError(errno.ENOSPC, "full"), 1)):
+        calls, ahead = [], iter(faults)
+
+        def call(*args, calls=calls, ahead=ahead, error=error):
+            calls.append(1)
+            if next(ahead) == "Y":
+                raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MemberRuns, "_start", call)
+            runs = MemberRuns(place, Pack(members=MEMBERS[:1]), "cpu", patience=5.0)
+            runs.abandon()
+        assert (len(calls), runs._error) == (outcome, None if outcome == 3 else error)
 
 
 def test_passing_faults_of_the_store_are_waited_out(store, ledger, monkeypatch):
@@ -191,6 +217,76 @@ def test_one_driver_holds_a_sweep_until_it_closes_or_dies(store):
     assert third.place.parent == first.place.parent
     assert client.get_run(third.place.parent).info.status == "RUNNING"
     third.close("FINISHED")
+
+
+def driver_of(process, space=None):
+    return f"{socket.gethostname()}:{process.pid}:{tracking.process_space() if space is None else space}:abc123"
+
+
+def test_a_driver_of_this_machine_is_dead_as_soon_as_its_process_is(store):
+    """Killed, and before anybody has asked how it ended; not where process numbers mean others than here."""
+    client, uri = store
+    own = dataclasses.replace(SWEEP, name="killed")
+    first = tracking.open_sweep(client, uri, own)
+    first._stop.set()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert not tracking.is_gone(driver_of(process))
+        client.set_tag(first.place.parent, "heartbeat", f"{time.time():.0f} {driver_of(process)}")
+        with pytest.raises(TrackingError, match="is held by driver"):
+            tracking.open_sweep(client, uri, own)
+        process.kill()
+        wait_for(lambda: tracking.is_gone(driver_of(process)))
+        second = tracking.open_sweep(client, uri, own)
+    assert second.place.parent == first.place.parent
+    second.close("FINISHED")
+    assert tracking.is_gone(driver_of(process))
+    assert not tracking.is_gone(driver_of(process, space="elsewhere"))
+    assert not tracking.is_gone(driver_of(process, space=""))
+    for odd in ("", "host", f"host:{process.pid}:abc123", f"host:x:{tracking.process_space()}:abc"):
+        assert not tracking.is_gone(odd)
+
+
+def test_a_heart_that_the_store_did_not_hear_beats_again_at_once(store, monkeypatch):
+    client, uri = store
+    monkeypatch.setattr(tracking, "HEARTBEAT", 0.5)
+    monkeypatch.setattr(tracking.MlflowClient, "get_run", shaky(tracking.MlflowClient.get_run, "YYY"))
+    ledger = tracking.open_sweep(client, uri, dataclasses.replace(SWEEP, name="unheard"))
+    ledger.require_heard(0.0)  # no beat is due yet
+    wait_for(lambda: ledger.asked is not None)
+    start = time.monotonic()
+    ledger.asked -= 100.0
+    with pytest.raises(BrokenOffError, match="has not answered for 90 s; the same command goes on once it does"):
+        ledger.require_heard(90.0)
+    ledger.require_heard(110.0)
+    wait_for(lambda: ledger.asked is None)
+    assert time.monotonic() - start < 1.0  # three whole pauses would be 1.5 s
+    ledger.require_heard(0.0)
+    ledger.close("FINISHED")
+
+
+def answers(*errors):
+    """A call that raises these, one after another, then answers 7."""
+    ahead = iter(errors)
+
+    def call():
+        error = next(ahead, None)
+        if error is not None:
+            raise error
+        return 7
+
+    return call
+
+
+def test_a_server_that_is_away_is_waited_for_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(tracking.time, "sleep", lambda seconds: None)
+    away, refused = MlflowException("API request failed: connection refused"), RestException({"error_code": "BAD"})
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert tracking.patiently(answers(away, OSError("reset"), away), "http://me:pw@host", 60.0) == 7
+    for error, uri in ((refused, "http://host"), (full, "http://host"), (away, "sqlite:///x.db")):
+        with pytest.raises(type(error)):
+            tracking.patiently(answers(error), uri, 60.0)
+    with pytest.raises(BrokenOffError, match=r"the MLflow store at http://me:\.\.\.@host has not answered for 0 s"):
+        tracking.patiently(answers(away, away), "http://me:pw@host", 0.0)
 
 
 def test_the_heart_beats_until_the_end(store, monkeypatch):

@@ -10,9 +10,11 @@ import torch
 
 from cluster import dispatch, tracking, trial
 from cluster.dispatch import settle_resources, slots
+from cluster.member_runs import MemberRuns
 from cluster.pack import Pace, PackRun, make_pool
 from cluster.store import FolderStore
 from cluster.sweep import Pack
+from cluster.tracking import BrokenOffError
 from cluster.trial import ATTEMPTS, GIVE_UP, Attempts, TrialContext, forget_attempts, pool_name, to_parquet, train_pack
 from tests.test_pack import MEMBERS, SWEEP, SmallDevice
 
@@ -79,7 +81,9 @@ def test_a_pack_goes_from_the_pool_to_the_ledger(worker):
 
 def test_a_restarted_pack_logs_no_point_twice_and_no_table_changes(worker, monkeypatch):
     worker.run()
-    whole = {run.data.tags["member_id"]: run.data.tags["digest"] for run in worker.runs()}
+    whole = dict(tables_without_time(worker.client, run.info.run_id) for run in worker.runs())
+    for run in worker.runs():
+        tracking.supersede(worker.client, run.info.run_id, "redo")
     real, calls = trial.save_checkpoint, []
 
     def save_and_die(files, pack, state, curves):
@@ -100,15 +104,10 @@ def test_a_restarted_pack_logs_no_point_twice_and_no_table_changes(worker, monke
         assert [point.step for point in history] == list(SWEEP.probe.steps(14))
         times = [point.timestamp for point in history]
         assert times == sorted(times)
-    tables = [
-        tables_without_time(worker.client, run.info.run_id) for run in worker.runs() if run.info.status == "FINISHED"
-    ]
-    by_member = {}
-    for member, table in tables:
-        by_member.setdefault(member, []).append(table)
-    assert set(by_member) == set(whole)
-    for first, second in by_member.values():
-        pd.testing.assert_frame_equal(first, second)
+    again = dict(tables_without_time(worker.client, run.info.run_id) for run in last)
+    assert set(again) == set(whole)
+    for member, table in again.items():
+        pd.testing.assert_frame_equal(table, whole[member])
 
 
 def tables_without_time(client, run_id):
@@ -200,6 +199,30 @@ def test_a_pack_whose_worker_was_killed_goes_on_in_pieces(worker, monkeypatch):
     assert "lost its worker" in next(report["note"] for report in worker.reports if report["note"])
 
 
+def test_a_worker_lost_while_it_ended_its_runs_leaves_only_the_others_to_train(worker, monkeypatch):
+    trained = []
+    real = PackRun.run
+    monkeypatch.setattr(PackRun, "run", lambda run: (trained.append([m.id for m in run.pack.members]), real(run)))
+    done, left = PACK.members
+    Attempts(worker.files, PACK).begin(0)
+    runs = MemberRuns(worker.ledger.place, PACK, "cpu")
+    runs.finish(done, {"curves.parquet": b"curves"})
+    runs.close()
+    worker.run()
+    assert trained == [[left.id]]
+    assert worker.reports[-1] | {"loss": 0} == worker.reports[-1] | {"loss": 0, "pack": PACK.id, "step": 14}
+    assert {report["pack"] for report in worker.reports} == {PACK.id}
+    statuses = sorted((run.data.tags["member_id"] == done.id, run.info.status) for run in worker.runs())
+    assert statuses == [(False, "FINISHED"), (False, "KILLED"), (True, "FINISHED")]
+    Attempts(worker.files, PACK).begin(0)  # lost after its last run, before it could say so
+    worker.reports.clear()
+    worker.run()
+    assert trained == [[left.id]]
+    assert [(report["pack"], report["step"]) for report in worker.reports] == [(PACK.id, 14)]
+    assert len(worker.runs()) == 3
+    assert worker.files.names(ATTEMPTS) == worker.files.names("checkpoints") == []
+
+
 def test_a_lost_device_ends_the_worker(worker, monkeypatch):
     class Ended(BaseException):
         pass
@@ -250,6 +273,20 @@ def test_packs_take_gpus_where_there_are_any(monkeypatch, nodes, wanted, expecte
     monkeypatch.setattr(dispatch.ray, "nodes", lambda: nodes)
     assert settle_resources(wanted) == expected
     assert slots(expected) == workers
+
+
+def test_a_cluster_without_a_place_is_waited_for_and_given_up(monkeypatch):
+    there, now = [], [0.0]
+    monkeypatch.setattr(dispatch.ray, "nodes", lambda: there)
+    monkeypatch.setattr(dispatch.time, "monotonic", lambda: now[0])
+    look = dispatch.Places({"CPU": 1.0, "GPU": 1.0}, patience=20.0)
+    progress = dispatch._Progress(print, print, [look])
+    for now[0], there[:] in ((15.0, []), (19.0, NODES), (30.0, NODES[:1]), (38.0, [])):
+        progress.on_step_begin(0, [])
+    now[0] = 39.5  # 20.5 s after the last look that found one
+    with pytest.raises(BrokenOffError, match="no node of the cluster has had CPU 1, GPU 1 for 20 s; the same command"):
+        progress.on_step_begin(0, [])
+    progress.on_step_begin(0, [])  # it has only just looked
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ def manifests(files: Files, versions: Mapping[str, int] | None, report: Callable
         try:
             body = json.loads(files.get(name))
             manifest = Manifest(**{**body, "members": tuple(body["members"])})
+            if manifest.name != name or f"-{manifest.step:09d}." not in name:
+                raise ValueError("it names another file or step than its own name does")
         except (ValueError, TypeError, KeyError, OSError) as error:
             report(f"checkpoint {name} is not used: unreadable manifest ({error})")
             continue
