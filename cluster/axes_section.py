@@ -7,14 +7,14 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from cluster.analysis import Analysis
 from cluster.compare import ALPHA, LATER, QUANTITIES, Row, Side, adjusted, cell, compare, is_paired
@@ -66,34 +66,37 @@ class Contrast:
         parts = []
         if math.isfinite(level.gap[0]):
             count = f"{level.n_b:,} and {level.n_a:,} members with a detector"
-            parts.append(f"the level is {cell(level.gap, 'log', ratio=True)} times as late ({count}), {verdict(level)}")
+            times = f"the level is {cell(level.gap, 'log', ratio=True)} times as late ({count})"
+            parts.append(f"{times}, {self.verdict(level)}")
         else:
-            parts.append("levels cannot be compared, as one side has no detector")
+            parts.append("levels are not compared, as a side has no member with a detector")
         if math.isfinite(share.gap[0]):
             gap = cell(share.gap, "part", ratio=True)
-            parts.append(f"the share of heads that rose differs by {gap}, {verdict(share)}")
-        parts.append(f"whether and when together, {verdict(later)}")
+            parts.append(f"the share of heads that rose differs by {gap}, {self.verdict(share)}")
+        parts.append(f"whether and when together, {self.verdict(later)}")
         return f"{self.name}: {'; '.join(parts)}."
+
+    def verdict(self, row: Row) -> str:
+        """Whether a difference is shown, or could have been with so few members."""
+        if row.reason:
+            return f"not tested ({row.reason})"
+        found = f"(p = {number_text(row.p, '.2g')}, adjusted {number_text(row.adjusted, '.2g')})"
+        if row.shown:
+            return f"a difference is shown {found}"
+        if row.p <= self.least_p(row) * (1 + 1e-9):
+            return f"no difference is shown, but so few members can give no lower p {found}"
+        return f"no difference is shown {found}"
+
+    def least_p(self, row: Row) -> float:
+        """The least p that so many members can give: of one arrangement, and its mirror image where there is one."""
+        if self.paired:
+            return float(2.0 ** (1 - min(row.n_a, row.n_b)))
+        return (2 if row.n_a == row.n_b else 1) / math.comb(row.n_a + row.n_b, row.n_a)
 
 
 def told(setting: Setting) -> str:
     """In words, as points are labelled."""
     return ", ".join(f"{name} {value}" for name, value in setting.items())
-
-
-def verdict(row: Row) -> str:
-    """Whether a difference is shown."""
-    if row.reason:
-        return f"not tested ({row.reason})"
-    shown = "a difference is shown" if row.shown else "no difference is shown"
-    return f"{shown} (p = {number_text(row.p, '.2g')}, adjusted {number_text(row.adjusted, '.2g')})"
-
-
-def least_p(contrast: Contrast, row: Row) -> float:
-    """The least p that so many members can give: that of one arrangement and its mirror image."""
-    if contrast.paired:
-        return float(2.0 ** (1 - min(row.n_a, row.n_b)))
-    return (2 if row.n_a == row.n_b else 1) / math.comb(row.n_a + row.n_b, row.n_a)
 
 
 def families(varying: Sequence[str]) -> list[tuple[str, ...]]:
@@ -138,11 +141,8 @@ def find_contrasts(sweep: Sweep, analysis: Analysis, most: int = MOST) -> list[C
         )
         rows = compare(a, b, (LEVEL, SHARE))
         found.append(Contrast(base=base, other=other, where=where, paired=is_paired(a, b), rows=rows))
-    rows = iter(adjusted([row for contrast in found for row in contrast.rows]))
-    return [
-        Contrast(base=c.base, other=c.other, where=c.where, paired=c.paired, rows=[next(rows) for _ in c.rows])
-        for c in found
-    ]
+    every = iter(adjusted([row for contrast in found for row in contrast.rows]))
+    return [replace(contrast, rows=[next(every) for _ in contrast.rows]) for contrast in found]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class AxesSection:
             "difference that is not shown is not excluded: its interval says how large it may be."
         ]
         powerless = sum(
-            all(least_p(contrast, row) >= ALPHA for row in contrast.rows if not row.reason) for contrast in found
+            all(contrast.least_p(row) >= ALPHA for row in contrast.rows if not row.reason) for contrast in found
         )
         if powerless:
             which = "any contrast" if powerless == len(found) else plural(powerless, "contrast")
@@ -264,7 +264,8 @@ def draw_contrasts(contrasts: Sequence[Contrast]) -> Figure:
     left.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     left.xaxis.set_minor_locator(NullLocator())
-    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0%}"))
+    right.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0"))
     low, high = right.get_xlim()
     right.set_xlim(min(low, -0.05), max(high, 0.05))
     left.set_yticks(y, [plain(contrast.short) for contrast in contrasts], fontsize=8.5)

@@ -221,7 +221,7 @@ def caveats(sweep: Sweep, analysis: Analysis, points: Sequence[Point]) -> list[s
     if widths < MIN_WIDTHS:
         found.append(f"{plural(widths, 'width')}: too few to fit a law of width; it takes {MIN_WIDTHS}.")
     without = sum(point.without for point in settled)
-    if without:
+    if without and any(len(point.detecting) for point in settled):
         found.append(
             f"{plural(without, 'finished member')} without a detector: mean levels are over the others only, and so "
             "say when detectors come where they come, not whether."

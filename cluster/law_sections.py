@@ -31,6 +31,11 @@ def numbers(values: Sequence[Any]) -> Array:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
+def several_widths(laws: Sequence[Law]) -> bool:
+    """Whether any series has more than one."""
+    return any(len(found["widths"]) > 1 for found in laws)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LawSections:
     """Makes the sections from laws and the members that they are about, by name; figures go into the folder."""
@@ -44,12 +49,11 @@ class LawSections:
         """In the order of the page; none without a series."""
         if not self.laws:
             return []
-        sections = [self.widths(), self.survival(), self.relaxation(), self.tails(), self.collapse(), self.matter()]
-        if max(len(found["widths"]) for found in self.laws) > 1:
-            return sections
-        kept = [self.survival(), self.relaxation(), self.tails(), self.matter()]  # one width bears no law of width
-        kept[0].lines[:0] = self.causes()
-        return kept
+        if several_widths(self.laws):
+            return [self.widths(), self.survival(), self.relaxation(), self.tails(), self.collapse(), self.matter()]
+        survival = self.survival()
+        survival.lines = self.causes()  # one width: no law of width, no widths to compare
+        return [survival, self.relaxation(), self.tails(), self.matter()]
 
     def causes(self) -> list[str]:
         """Why some series have no laws."""

@@ -25,7 +25,7 @@ from cluster.figures import COLOURS, Portrait, Run
 from cluster.findings import Point, evenly
 from cluster.geometry_sections import GEOMETRY_PANELS, GeometrySection
 from cluster.intervals import CONFIDENCE
-from cluster.law_sections import LAW_PANELS, LawSections
+from cluster.law_sections import LAW_PANELS, LawSections, several_widths
 from cluster.own_sections import OWN_PANELS, own_sections
 from cluster.page import Picture, Section, take_picture
 from cluster.picture import LEAST_WEIGHT, draw_box, make_scene
@@ -187,7 +187,9 @@ def render(
     )
     lines = [(point.label, say.point_line(point, relation)) for point in evenly(points, say.LINES)]
     tables = [make(sweep, analysis) for make in (say.width_rows, say.head_rows, say.member_rows, say.lost_rows)]
-    tables[:0] = [law_rows(sound_laws(analysis.laws)), *geometry.tables(), *compared.tables()]
+    laws = sound_laws(analysis.laws)
+    one_width = bool(laws) and not several_widths(laws)
+    tables[:0] = [*([] if one_width else [law_rows(laws)]), *geometry.tables(), *compared.tables()]
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         system=type(sweep.system).__name__,
@@ -261,6 +263,9 @@ class Drawing:
             f"{f'{count} of {total:,}' if total > count else 'All'} finished members. Lines: loss on held-out "
             "examples; dots: mean training loss since the last probe. Dashed: losses of reference predictors."
         )
+        losses = pd.concat([run.figures[["train_loss", "validation_loss"]] for run in self.shown.runs])
+        if (losses <= 0).any(axis=None):
+            caption += " Losses that are not above 0 have no place on a logarithmic axis and are not drawn."
         figure = figures.draw_losses(self.shown.runs, shared_floors(self.sweep))
         section.pictures = [self.picture("losses", figure, caption, "Held-out and training loss against step")]
         return section
