@@ -208,6 +208,8 @@ def width_table(heads: pd.DataFrame, members: pd.DataFrame, axes: Sequence[str])
         best = detectors.loc[detectors.groupby("member_id")["lift_peak"].idxmax()] if len(detectors) else detectors
         row["members_without_detector"] = row["members"] - len(best)
         row |= dict(zip(("level", "level_low", "level_high"), log_mean_interval(list(best["level"])), strict=True))
+        later = [math.inf] * row["members_without_detector"]
+        row["level_median"] = float(np.median([*best["level"], *later] or math.nan))
         risen = group[group["status"].isin(RISEN) & group["t50"].gt(0)]
         t50 = risen.groupby("member_id")["t50"].apply(lambda t: float(np.exp(np.log(t).mean())))
         row |= dict(zip(("t50", "t50_low", "t50_high"), log_mean_interval(list(t50)), strict=True))

@@ -202,8 +202,8 @@ def tail_line(found: Law) -> str:
 
 def matter_line(found: Law) -> str:
     """Heads that matter, a member."""
-    widths = "; ".join(f"width {width} {interval(values, '.1f')}" for width, values in found["matter"].items())
-    return f"{named(found)}: {widths}."
+    widths = "; ".join(f"width {width}: {interval(values, '.1f')}" for width, values in found["matter"].items())
+    return f"{named(found)}, {widths}."
 
 
 def collapse_line(found: Law) -> str:

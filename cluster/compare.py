@@ -14,7 +14,7 @@ from scipy import stats
 
 from cluster.analysis import RISEN, Analysis, number
 from cluster.encoding import encode, require_known
-from cluster.findings import DASH, number_text
+from cluster.findings import DASH, number_text, step_text
 from cluster.intervals import CONFIDENCE, log_mean_interval, mean_interval
 from cluster.sweep import Sweep
 from probes.survival import log_rank_scores, permutation_test
@@ -132,7 +132,9 @@ def shared_points(a: Side, b: Side) -> list[dict[str, Any]]:
 def is_paired(a: Side, b: Side) -> bool:
     """Whether members of one seed have seen the same rows and noise on both sides."""
     same = (a.sweep.data, a.sweep.system) == (b.sweep.data, b.sweep.system)
-    touched = any(name.startswith(("data.", "system.")) for side in (a, b) for name in side.fixed)
+    differing = {name for name in {*a.fixed, *b.fixed} if a.fixed.get(name) != b.fixed.get(name)}
+    chosen = {name for name in {*a.fixed, *b.fixed} if name == "data.order"}
+    touched = any(name.startswith(("data.", "system.")) for name in differing | chosen)
     return same and not touched and a.sweep.data.order == "seed"
 
 
@@ -169,17 +171,28 @@ class Row:
         return f"{'shown' if self.shown else 'not shown'} ({found})"
 
 
-def compare(a: Side, b: Side) -> list[Row]:
-    """Every quantity at every point that both have."""
+def compare(a: Side, b: Side, quantities: Sequence[Quantity] = QUANTITIES) -> list[Row]:
+    """These quantities, and whether and when together, at every point that both have."""
     paired, rows = is_paired(a, b), list[Row]()
     tables = {"A": a.values(), "B": b.values()}
     for point in shared_points(a, b):
         label = ", ".join(f"{name} {value}" for name, value in point.items()) or "all members"
         own = [table[np.logical_and.reduce([table[n] == v for n, v in point.items()], initial=True)]
                if point else table for table in tables.values()]  # fmt: skip
-        rows += [_row(label, item, own[0], own[1], paired) for item in QUANTITIES]
+        rows += [_row(label, item, own[0], own[1], paired) for item in quantities]
         rows.append(_whether_and_when(label, own[0], own[1], paired))
     return adjusted(rows)
+
+
+def cell(values: tuple[float, float, float], scale: Scale, ratio: bool = False) -> str:
+    """An estimate with its interval. ratio: it is a difference, or a ratio on a log scale."""
+    if scale in ("share", "part"):
+        texts = [number_text(value, "+.0%" if ratio else ".0%") for value in values]
+    elif ratio:
+        texts = [number_text(value, ".2f" if scale == "log" else "+.2f") for value in values]
+    else:
+        texts = [step_text(value) for value in values]
+    return texts[0] if DASH in texts[1:] else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
 def adjusted(rows: Sequence[Row]) -> list[Row]:

@@ -19,10 +19,10 @@ from rich.table import Table
 
 from cluster.analysis import load_analysis
 from cluster.arguments import StoreOptions, open_named, parse
-from cluster.compare import QUANTITIES, Row, Scale, Side, compare, differences, is_paired, take_side, to_frame
+from cluster.compare import QUANTITIES, Row, Side, cell, compare, differences, is_paired, take_side, to_frame
 from cluster.driver import Desk, Settings, comparison_hint
 from cluster.figures import COLOURS, INK, count_text, new_figure, plain
-from cluster.findings import DASH, number_text, plural, step_text
+from cluster.findings import plural
 from cluster.intervals import CONFIDENCE
 from cluster.page import take_picture
 from cluster.report import swap
@@ -72,17 +72,6 @@ def open_side(label: str, name: str, settings: Settings) -> tuple[Desk, Side]:
     analysis = load_analysis(desk.client, parent.info.run_id)
     place = Place(uri=desk.uri, experiment=desk.experiment, parent=parent.info.run_id)
     return desk, take_side(label, sweep, analysis, chosen, comparison_hint(desk, place))
-
-
-def cell(values: tuple[float, float, float], scale: Scale, ratio: bool = False) -> str:
-    """An estimate with its interval."""
-    if scale in ("share", "part"):
-        texts = [number_text(value, "+.0%" if ratio else ".0%") for value in values]
-    elif ratio:
-        texts = [number_text(value, ".2f" if scale == "log" else "+.2f") for value in values]
-    else:
-        texts = [step_text(value) for value in values]
-    return texts[0] if DASH in texts[1:] else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
 def cells(row: Row) -> list[str]:

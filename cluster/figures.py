@@ -6,6 +6,7 @@ Only matplotlib's object-oriented interface on the Agg canvas is used, so nothin
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#A6761D", "#5
 TITLE: dict[str, Any] = {"x": 0.005, "ha": "left", "fontsize": 11, "fontweight": "bold", "color": "#2B2F33"}
 GREY, PALE, INK = "#9AA0A6", "#E4E6E9", "#2B2F33"
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+PANEL_LETTERS = 34  # of a title above one of two panels, left of what is written beside it
 NAMED = 6  # heads drawn in colour where all layers share a panel
 
 
@@ -350,7 +352,11 @@ def draw_worth(portraits: Sequence[Portrait]) -> Figure:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0%}"))
         ax.axhline(0, color=GREY, lw=0.9, zorder=0)
         ax.axhline(LEAST_SHARE, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=0)
-        texts = {key: f"{share[-1][key]:,.0%}" for key in np.ndindex(share.shape[1:])}
+        known = np.isfinite(share)
+        texts = {key: f"{share[-1][key]:,.0%}" if known[-1][key] else "–" for key in np.ndindex(share.shape[1:])}
+        if not known.any():
+            words = "attention saves nothing\nthat a head could have a share of"
+            ax.text(0.5, 0.6, words, transform=ax.transAxes, ha="center", fontsize=9, color=INK)
         values, errors = np.moveaxis(share, 0, -1), np.moveaxis(error, 0, -1)
         all_heads(ax, on_axis(curve.steps), values, errors, portrait, "head: worth at the end", texts)
         ax.set_ylabel("worth of looking (symlog scale)", fontsize=9.5)
@@ -365,7 +371,8 @@ def portrait_panels(portraits: Sequence[Portrait]) -> tuple[Figure, Sequence[Axe
     for ax in axes.flat[len(portraits) :]:
         ax.set_visible(False)
     for ax, portrait in zip(axes.flat, portraits, strict=False):
-        ax.set_title(plain(f"{portrait.label}, seed {portrait.seed}"), fontsize=10, loc="left", color=INK)
+        title = textwrap.fill(f"{portrait.label}, seed {portrait.seed}", PANEL_LETTERS)
+        ax.set_title(plain(title), fontsize=10, loc="left", color=INK)
     return figure, list(axes.flat)
 
 
@@ -386,6 +393,7 @@ def all_heads(
         ax.fill_between(x, line - error, line + error, color=colour, alpha=0.18, lw=0)
         ax.plot(x, line, color=colour, lw=1.6, ls=dash, zorder=3)
         finite = line[np.isfinite(line)]
-        end = finite[-1] if finite.size else ax.get_ylim()[0]
-        ends.append(End(end, f"{layer}.{head}: {texts[layer, head]}", colour, detector[layer, head], dash))
+        if not finite.size:
+            continue
+        ends.append(End(finite[-1], f"{layer}.{head}: {texts[layer, head]}", colour, detector[layer, head], dash))
     label_ends(ax, ends, 2.5, title)

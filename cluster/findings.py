@@ -43,7 +43,11 @@ class Point:
     @property
     def series(self) -> str:
         """The axes other than width, in words."""
-        return ", ".join(f"{name} {value}" for name, value in self.values.items() if name != "width")
+        return self.at([name for name in self.values if name != "width"])
+
+    def at(self, names: Sequence[str]) -> str:
+        """Its values along these axes, in words."""
+        return ", ".join(f"{name} {self.values[name]}" for name in names)
 
     @property
     def slug(self) -> str:
@@ -217,7 +221,7 @@ def caveats(sweep: Sweep, analysis: Analysis, points: Sequence[Point]) -> list[s
     if widths < MIN_WIDTHS:
         found.append(f"{plural(widths, 'width')}: too few to fit a law of width; it takes {MIN_WIDTHS}.")
     without = sum(point.without for point in settled)
-    if without:
+    if without and any(len(point.detecting) for point in settled):
         found.append(
             f"{plural(without, 'finished member')} without a detector: mean levels are over the others only, and so "
             "say when detectors come where they come, not whether."
@@ -289,7 +293,7 @@ def width_rows(sweep: Sweep, analysis: Analysis) -> Table:
     """Points along the axes, the judged relation first."""
     axes = list(sweep.axis_names)
     columns = [*axes, "relation", "members", "without detector", "heads", *(s.replace("_", " ") for s in STATUSES),
-               "share risen", "level", "t50"]  # fmt: skip
+               "share risen", "level", "median level", "t50"]  # fmt: skip
     table = analysis.widths
     if len(table):
         table = table.loc[(table["relation"] != sweep.system.relation).sort_values(kind="stable").index]
@@ -302,11 +306,15 @@ def width_rows(sweep: Sweep, analysis: Analysis) -> Table:
             f"{number_text(row['share_risen'], '.0%')} ({number_text(row['share_low'], '.0%')}–"
             f"{number_text(row['share_high'], '.0%')})",
             interval_text(row, "level", "level_low", "level_high"),
+            step_text(row.get("level_median")),
             interval_text(row, "t50", "t50_low", "t50_high"),
         ]
         for row in table.head(ROWS).to_dict("records")
     ]
-    note = f"In brackets: {CONFIDENCE:.0%} intervals over members. " + more(len(table), len(rows), "widths.parquet")
+    note = (
+        f"In brackets: {CONFIDENCE:.0%} intervals over members. Level: geometric mean over members with a detector; "
+        "its median is over all finished members, where those without one count as later (∞: half of them or more). "
+    ) + more(len(table), len(rows), "widths.parquet")
     return Table(title="Points of the sweep", columns=columns, rows=rows, note=note)
 
 

@@ -80,6 +80,7 @@ WIDTHS = {
     "share_high": (SHARE, "upper end of its 90% interval over members"),
     "detectors_per_member": (COUNT, "mean over members"),
     "members_without_detector": (COUNT, "which have no level"),
+    "level_median": (STEP, "over finished members; those without a detector count as later, infinity for half of them"),
     "t50_low": (STEP, "lower end of the 90% interval over members"),
     "t50_high": (STEP, "upper end of the 90% interval over members"),
     "t50_bounds": (COUNT, "risen heads that were still growing: their t50 are lower bounds"),

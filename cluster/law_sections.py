@@ -31,6 +31,11 @@ def numbers(values: Sequence[Any]) -> Array:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
+def several_widths(laws: Sequence[Law]) -> bool:
+    """Whether any series has more than one."""
+    return any(len(found["widths"]) > 1 for found in laws)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LawSections:
     """Makes the sections from laws and the members that they are about, by name; figures go into the folder."""
@@ -44,7 +49,15 @@ class LawSections:
         """In the order of the page; none without a series."""
         if not self.laws:
             return []
-        return [self.widths(), self.survival(), self.relaxation(), self.tails(), self.collapse(), self.matter()]
+        if several_widths(self.laws):
+            return [self.widths(), self.survival(), self.relaxation(), self.tails(), self.collapse(), self.matter()]
+        survival = self.survival()
+        survival.lines = self.causes()  # one width: no law of width, no widths to compare
+        return [survival, self.relaxation(), self.tails(), self.matter()]
+
+    def causes(self) -> list[str]:
+        """Why some series have no laws."""
+        return [f"{name}: could not be worked out: {cause}" for name, cause in self.failed.items()]
 
     def section(self, title: str, text: str, line: Callable[[Law], str], first: Sequence[str] = ()) -> Section:
         """A section with a line for each series."""
@@ -62,7 +75,7 @@ class LawSections:
         first = [claims.verdict(self.laws, endpoint) for endpoint in (MEMBERS, HEADS)]
         swept = sorted({rate for each in self.series.values() if RATE in each.members for rate in each.members[RATE]})
         first += [claims.rates_line(found, swept) for found in self.laws if found["rates"]]
-        first += [f"{name}: could not be worked out: {cause}" for name, cause in self.failed.items()]
+        first += self.causes()
         shown = claims.ordered(self.laws, FEW_LINES)
         first += [claims.law_line(found, endpoint) for endpoint in (MEMBERS, HEADS) for found in shown]
         if len(self.laws) > len(shown):
@@ -182,7 +195,7 @@ class LawSections:
         """How many heads are worth something."""
         text = (
             "A head that emerged may be redundant. Heads a member whose looking is surely worth over 1% of what "
-            f"attention saves, mean and {CONFIDENCE:.0%} interval over members; drawn on the right of “Laws of width”."
+            f"attention saves, mean and {CONFIDENCE:.0%} interval over members."
         )
         return self.section("Heads that matter", text, claims.matter_line)
 

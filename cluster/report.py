@@ -18,25 +18,26 @@ from numpy.typing import NDArray
 from cluster import figures
 from cluster import findings as say
 from cluster.analysis import DETECTOR_LIFT, Analysis, series_of_sweep
+from cluster.axes_section import AXES_PANELS, AxesSection
 from cluster.claims import law_rows, sound_laws
 from cluster.encoding import encode
 from cluster.figures import COLOURS, Portrait, Run
 from cluster.findings import Point, evenly
 from cluster.geometry_sections import GEOMETRY_PANELS, GeometrySection
 from cluster.intervals import CONFIDENCE
-from cluster.law_sections import LAW_PANELS, LawSections
+from cluster.law_sections import LAW_PANELS, LawSections, several_widths
 from cluster.own_sections import OWN_PANELS, own_sections
 from cluster.page import Picture, Section, take_picture
 from cluster.picture import LEAST_WEIGHT, draw_box, make_scene
 from cluster.sweep import Sweep, replace_fields
-from cluster.widths import draw_widths, level_spots, t50_spots
+from cluster.widths import along, draw_times, level_spots, t50_spots
 from probes.ablation import LEAST_SHARE
 from probes.emergence import LEVEL_LIFT, START_LIFT
 from sim.checks import require
 from sim.system import Floors
 
-PANELS = 24 + LAW_PANELS + GEOMETRY_PANELS + OWN_PANELS
-FIXED_PANELS = 7 + LAW_PANELS + GEOMETRY_PANELS + OWN_PANELS  # losses 1, times against width 4, box 2
+PANELS = 24 + AXES_PANELS + LAW_PANELS + GEOMETRY_PANELS + OWN_PANELS
+FIXED_PANELS = 7 + AXES_PANELS + LAW_PANELS + GEOMETRY_PANELS + OWN_PANELS  # losses 1, times against width 4, box 2
 MEMBERS = 12  # whose losses are drawn
 LAYERS = PANELS - FIXED_PANELS - 2
 
@@ -164,11 +165,13 @@ def render(
     shown = fetch(settled, analysis, relation, len(layers), load)
     drawing = Drawing(folder=folder, sweep=sweep, points=settled, shown=shown)
     geometry = GeometrySection(folder=folder, sweep=sweep, analysis=analysis, load=lambda run: load(run).curves)
+    compared = AxesSection(folder=folder, sweep=sweep, analysis=analysis)
     sections = [
         drawing.losses(),
         drawing.box(),
         drawing.heads(layers),
         drawing.widths(),
+        *compared.sections(),
         *across(folder, sweep, analysis),
         *geometry.all(),
         drawing.distance(),
@@ -184,7 +187,9 @@ def render(
     )
     lines = [(point.label, say.point_line(point, relation)) for point in evenly(points, say.LINES)]
     tables = [make(sweep, analysis) for make in (say.width_rows, say.head_rows, say.member_rows, say.lost_rows)]
-    tables[:0] = [law_rows(sound_laws(analysis.laws)), *geometry.tables()]
+    laws = sound_laws(analysis.laws)
+    one_width = bool(laws) and not several_widths(laws)
+    tables[:0] = [*([] if one_width else [law_rows(laws)]), *geometry.tables(), *compared.tables()]
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
         system=type(sweep.system).__name__,
@@ -258,6 +263,9 @@ class Drawing:
             f"{f'{count} of {total:,}' if total > count else 'All'} finished members. Lines: loss on held-out "
             "examples; dots: mean training loss since the last probe. Dashed: losses of reference predictors."
         )
+        losses = pd.concat([run.figures[["train_loss", "validation_loss"]] for run in self.shown.runs])
+        if (losses <= 0).any(axis=None):
+            caption += " Losses that are not above 0 have no place on a logarithmic axis and are not drawn."
         figure = figures.draw_losses(self.shown.runs, shared_floors(self.sweep))
         section.pictures = [self.picture("losses", figure, caption, "Held-out and training loss against step")]
         return section
@@ -338,15 +346,17 @@ class Drawing:
         return [judged, *sorted(common - {judged})[: left // (count * layers)]]
 
     def widths(self) -> Section:
-        """Times against width."""
+        """Times against width, or the axis that takes its place."""
+        axis = along(self.sweep, self.points)
+        after = "Laws are fitted below." if axis.name == "width" else "Differences are tested below."
         section = Section(
-            title="Level and t50 against width",
+            title=f"Level and t50 against {axis.name}",
             text="Whether heads emerge, and when they do, are two questions: the strips on top answer the first, the "
-            "panels below the second. Laws are fitted in the next section.",
+            f"panels below the second. {after}",
         )
-        series = list(dict.fromkeys(point.series for point in self.points))
+        series = list(dict.fromkeys(point.at(axis.others) for point in self.points))
         names = evenly(series, len(COLOURS))
-        points = [point for point in self.points if point.series in names]
+        points = [point for point in self.points if point.at(axis.others) in names]
         if not any(len(point.heads) for point in points):
             section.missing = "No finished member has measured heads, so there are no times to draw."
             return section
@@ -359,8 +369,9 @@ class Drawing:
             + (f" Of {len(series):,} series {len(names)} are drawn, evenly chosen." if len(series) > len(names) else "")
         )
         last = max(float(point.finished["last_step"].max()) for point in points)
-        figure = draw_widths(level_spots(points), t50_spots(points), last)
-        section.pictures = [self.picture("widths", figure, caption, "Level and t50 against width with intervals")]
+        figure = draw_times(level_spots(points, axis), t50_spots(points, axis), axis, last)
+        name, alt = "widths" if axis.name == "width" else "axes", f"Level and t50 against {axis.name} with intervals"
+        section.pictures = [self.picture(name, figure, caption, alt)]
         return section
 
     def distance(self) -> Section:

@@ -1,21 +1,24 @@
-"""Times against width: the level of every member's best detector and t50, with those that never got there."""
+"""Times against width, or another axis: the level of every member's best detector and t50, with those that never got
+there."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from cluster.analysis import RISEN
+from cluster.analysis import RISEN, number
 from cluster.figures import COLOURS, GREY, INK, PALE, Array, count_text, new_figure, on_axis, plain
 from cluster.findings import Point
+from cluster.sweep import Sweep
 from probes.emergence import STEP_ZERO
 
 STATUS_COLOURS = {
@@ -31,15 +34,53 @@ DARK = ("emerged", "at_start", "with a detector")  # colours that white letters 
 MOST_MARKS = 400  # members drawn one by one at one point
 
 
+def values_along(sweep: Sweep, name: str, found: Iterable[Any]) -> list[Any]:
+    """The values of an axis that tables have, each once: as the sweep has them in order, then any others."""
+    wanted = [number(str(value)) for value in (sweep.widths if name == "width" else sweep.axes[name])]
+    if name == "width":
+        wanted = sorted(wanted)
+    places = {value: number(str(value)) for value in dict.fromkeys(found)}
+    return sorted(places, key=lambda value: wanted.index(places[value]) if places[value] in wanted else len(wanted))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Along:
+    """The axis along a figure. places: x of each of its values; numeric: these are numbers; others: axes that vary
+    besides, whose settings are told by colour."""
+
+    name: str
+    label: str
+    places: Mapping[Any, float]
+    numeric: bool
+    others: Sequence[str]
+
+
+def along(sweep: Sweep, points: Sequence[Point]) -> Along:
+    """Width, on a log2 axis, if there are several or nothing else varies; else the first axis that varies, its values
+    side by side in the sweep's order."""
+    found = {name: values_along(sweep, name, (p.values[name] for p in points)) for name in sweep.axis_names}
+    varying = [name for name, values in found.items() if len(values) > 1]
+    name = varying[0] if varying else "width"
+    others = [other for other in varying if other != name]
+    if name == "width":
+        places = {width: math.log2(width) for width in found[name]}
+        return Along(
+            name=name, label="width of the residual stream (log scale)", places=places, numeric=True, others=others
+        )
+    places = {value: float(rank) for rank, value in enumerate(found[name])}
+    numeric = not any(isinstance(number(str(value)), str) for value in places)
+    return Along(name=name, label=name, places=places, numeric=numeric, others=others)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spot:
-    """Times at one point along the axes. series: the axes other than width, in words.
+    """Times at one point along the axes. x: its place along the figure; series: the other axes, in words.
 
     counts: members or heads by outcome; times: of members that have one, `bounds`: those that are lower bounds only;
     none: members without a time; mean, low, high: geometric mean and its interval over members.
     """
 
-    width: float
+    x: float
     series: str
     counts: Mapping[str, int]
     times: Array
@@ -50,12 +91,12 @@ class Spot:
     high: float
 
 
-def level_spots(points: Iterable[Point]) -> list[Spot]:
+def level_spots(points: Iterable[Point], axis: Along) -> list[Spot]:
     """Levels of the members' best detectors."""
     return [
         Spot(
-            width=float(point.values["width"]),
-            series=point.series,
+            x=axis.places[point.values[axis.name]],
+            series=point.at(axis.others),
             counts={"with a detector": len(point.detecting), "without": point.without},
             times=point.detecting["level"].to_numpy(float) if len(point.detecting) else np.zeros(0),
             bounds=np.zeros(len(point.detecting), dtype=bool),
@@ -66,7 +107,7 @@ def level_spots(points: Iterable[Point]) -> list[Spot]:
     ]
 
 
-def t50_spots(points: Iterable[Point]) -> list[Spot]:
+def t50_spots(points: Iterable[Point], axis: Along) -> list[Spot]:
     """Geometric means of t50 over each member's risen heads; a bound where one of these was still growing."""
     spots = []
     for point in points:
@@ -74,8 +115,8 @@ def t50_spots(points: Iterable[Point]) -> list[Spot]:
         groups = [] if risen is None else [group for _, group in risen.groupby("member_id")]
         spots.append(
             Spot(
-                width=float(point.values["width"]),
-                series=point.series,
+                x=axis.places[point.values[axis.name]],
+                series=point.at(axis.others),
                 counts={name: point.count(name) for name in ("emerged", "growing", "transient", "at_start", "never")},
                 times=np.array([float(np.exp(np.log(group["t50"]).mean())) for group in groups]),
                 bounds=np.array([(group["status"] == "growing").any() for group in groups], dtype=bool),
@@ -91,23 +132,23 @@ def _mean(point: Point, name: str) -> dict[str, float]:
     return {key: float(point.figures.get(column, math.nan)) for key, column in keys.items()}
 
 
-def draw_widths(levels: Sequence[Spot], t50s: Sequence[Spot], last: float) -> Figure:
-    """Level (left) and t50 (right) against width on log-log axes, each under a strip of shares by outcome."""
+def draw_times(levels: Sequence[Spot], t50s: Sequence[Spot], axis: Along, last: float) -> Figure:
+    """Level (left) and t50 (right) along an axis, each under a strip of shares by outcome."""
     figure, axes = new_figure(2, 2, 5.4, height_ratios=[1, 3.6], sharex="col")
     names = list(dict.fromkeys(spot.series for spot in levels))
-    widths = sorted({spot.width for spot in levels})
+    ticks = list(axis.places.items())
     titles = ("level: first step at lift 2, best detector", "t50: half of the rise done, mean of risen heads")
     for column, (spots, title, unit) in enumerate(zip((levels, t50s), titles, ("members", "heads"), strict=True)):
         strip, ax = axes[:, column]
         _strip(strip, spots, names, unit)
         strip.set_title(title, fontsize=10, loc="left", color=INK, pad=22)
-        _times(ax, spots, names, last, ("members without a detector", "members without a risen head")[column])
-        shown = widths[:: math.ceil(len(widths) / 10)]
-        ax.xaxis.set_major_locator(FixedLocator([math.log2(width) for width in shown]))
+        without = ("members without a detector", "members without a risen head")[column]
+        _times(ax, spots, names, last, "-" if axis.numeric else "", without)
+        shown = ticks[:: math.ceil(len(ticks) / 10)]
+        ax.set_xticks([x for _, x in shown], [plain(value) for value, _ in shown])
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:g}"))
-        ax.set_xlim(math.log2(widths[0]) - 0.6, math.log2(widths[-1]) + 0.6)
-        ax.set_xlabel("width of the residual stream (log scale)", fontsize=9.5)
+        ax.set_xlim(ticks[0][1] - 0.6, ticks[-1][1] + 0.6)
+        ax.set_xlabel(plain(axis.label), fontsize=9.5)
         ax.set_ylabel("training step (log scale)", fontsize=9.5)
     if names != [""]:
         handles = axes[1, 0].get_legend_handles_labels()
@@ -116,18 +157,18 @@ def draw_widths(levels: Sequence[Spot], t50s: Sequence[Spot], last: float) -> Fi
     return figure
 
 
-def _place(spot: Spot, names: Sequence[str], widths: Sequence[float]) -> tuple[float, float]:
-    """Centre of a spot on the log2 axis, where series stand side by side, and the room that it has."""
-    gaps = np.diff(np.log2(sorted(set(widths))))
+def _place(spot: Spot, names: Sequence[str], xs: Sequence[float]) -> tuple[float, float]:
+    """Centre of a spot on the axis, where series stand side by side, and the room that it has."""
+    gaps = np.diff(sorted(set(xs)))
     room = 0.6 * float(min(gaps, default=1.0)) / max(len(names), 1)
-    return math.log2(spot.width) + (names.index(spot.series) - (len(names) - 1) / 2) * room, room
+    return spot.x + (names.index(spot.series) - (len(names) - 1) / 2) * room, room
 
 
 def _strip(ax: Axes, spots: Sequence[Spot], names: Sequence[str], label: str) -> None:
     """Stacked shares by outcome, the counts written in where there is room."""
-    widths = [spot.width for spot in spots]
+    xs = [spot.x for spot in spots]
     for spot in spots:
-        (x, room), total, below = _place(spot, names, widths), max(sum(spot.counts.values()), 1), 0.0
+        (x, room), total, below = _place(spot, names, xs), max(sum(spot.counts.values()), 1), 0.0
         for name, count in spot.counts.items():
             share = count / total
             ax.bar(x, share, 0.86 * room, below, color=STATUS_COLOURS[name])
@@ -146,9 +187,9 @@ def _strip(ax: Axes, spots: Sequence[Spot], names: Sequence[str], label: str) ->
     ax.set_ylabel(label, fontsize=9)
 
 
-def _times(ax: Axes, spots: Sequence[Spot], names: Sequence[str], last: float, without: str) -> None:
+def _times(ax: Axes, spots: Sequence[Spot], names: Sequence[str], last: float, line: str, without: str) -> None:
     """Members as open marks, geometric means with intervals, and arrows past the end for those without a time."""
-    widths = [spot.width for spot in spots]
+    xs = [spot.x for spot in spots]
     least = min([last / 10, *(time for spot in spots for time in (*on_axis(spot.times), spot.low) if time > 0)])
     ax.set_yscale("log")
     lost = any(spot.none for spot in spots)
@@ -159,16 +200,17 @@ def _times(ax: Axes, spots: Sequence[Spot], names: Sequence[str], last: float, w
     words = f"{without} by the end of training" if lost else "end of training"
     ax.annotate(words, (0.01, 1.0), (0, -3), "axes fraction", "offset points", fontsize=8, color=INK, va="top")
     for index, name in enumerate(names):
-        own = [spot for spot in spots if spot.series == name]
+        own = sorted((spot for spot in spots if spot.series == name), key=lambda spot: spot.x)
         colour, centres = COLOURS[index % len(COLOURS)], []
         for spot in own:
-            x, room = _place(spot, names, widths)
+            x, room = _place(spot, names, xs)
             centres.append(x)
             _members(ax, spot, x, room, colour, last)
             if spot.low > 0:
                 ax.vlines(x, spot.low, spot.high, color=colour, lw=2.4, zorder=3)
         label = plain(name) if name else None
-        ax.plot(centres, [spot.mean for spot in own], color=colour, lw=1.0, marker="D", ms=6, zorder=4, label=label)
+        means = [spot.mean for spot in own]
+        ax.plot(centres, means, color=colour, lw=1.0, ls=line, marker="D", ms=6, zorder=4, label=label)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(count_text))
     ax.yaxis.set_minor_locator(NullLocator())
