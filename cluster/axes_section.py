@@ -198,24 +198,27 @@ class AxesSection:
         tested = [row for contrast in found for row in contrast.rows if not row.reason]
         shown = Counter(row.quantity for row in tested if row.shown)
         parts = [f"{WORDS[words]} in {shown[words]:,}" for words in WORDS]
+        if not tested:
+            return [f"None of {plural(len(found), 'contrast')} can be tested.", *self._each(found)]
         how = sorted({"within seeds" if contrast.paired else "between settings" for contrast in found})
         lines = [
             f"Of {plural(len(found), 'contrast')} a difference is shown {', '.join(parts)}; p by exchanging members "
             f"{' or '.join(how)}, at a false discovery rate of {ALPHA:.0%} over {plural(len(tested), 'test')}. A "
             "difference that is not shown is not excluded: its interval says how large it may be."
         ]
-        powerless = sum(
-            all(contrast.least_p(row) >= ALPHA for row in contrast.rows if not row.reason) for contrast in found
-        )
+        least = [[contrast.least_p(row) for row in contrast.rows if not row.reason] for contrast in found]
+        powerless = sum(bool(each) and min(each) >= ALPHA for each in least)
         if powerless:
             which = "any contrast" if powerless == len(found) else plural(powerless, "contrast")
             lines.append(f"There are too few members to show a difference in {which}, however large it is.")
         if total > len(found):
             lines.append(f"Of {total:,} contrasts {len(found)} were made, evenly chosen.")
-        lines += [contrast.line for contrast in found[:LINES]]
-        if len(found) > LINES:
-            lines.append(f"{plural(len(found) - LINES, 'further contrast')} in the table “Contrasts”.")
-        return lines
+        return [*lines, *self._each(found)]
+
+    def _each(self, found: Sequence[Contrast]) -> list[str]:
+        rest = len(found) - LINES
+        more_lines = [f"{plural(rest, 'further contrast')} in the table “Contrasts”."] if rest > 0 else []
+        return [*(contrast.line for contrast in found[:LINES]), *more_lines]
 
     def tables(self) -> list[Table]:
         """All contrasts, a row a quantity."""
@@ -259,7 +262,8 @@ def draw_contrasts(contrasts: Sequence[Contrast]) -> Figure:
             ax.hlines(at, low, high, color=COLOURS[0], lw=2.2)
             ax.plot(middle, at, "D", ms=6.5, mec=COLOURS[0], mfc=COLOURS[0] if row.shown else "white", zorder=3)
     left.set_xscale("log")
-    low, high = left.get_xlim()
+    known = [contrast for contrast in contrasts if math.isfinite(contrast.row(LEVEL.words).gap[0])]
+    low, high = left.get_xlim() if known else (1.0, 1.0)
     left.set_xlim(min(low, 1 / 1.3), max(high, 1.3))
     left.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))

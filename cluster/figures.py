@@ -391,8 +391,8 @@ def all_heads(
             continue
         colour, dash = colours[layer, head], DASHES[layer % len(DASHES)]
         ax.fill_between(x, line - error, line + error, color=colour, alpha=0.18, lw=0)
-        ax.plot(x, line, color=colour, lw=1.6, ls=dash, zorder=3)
         finite = line[np.isfinite(line)]
+        ax.plot(x, line, color=colour, lw=1.6, ls=dash, marker="." if finite.size == 1 else "", zorder=3)
         if not finite.size:
             continue
         ends.append(End(finite[-1], f"{layer}.{head}: {texts[layer, head]}", colour, detector[layer, head], dash))

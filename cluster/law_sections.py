@@ -53,6 +53,9 @@ class LawSections:
             return [self.widths(), self.survival(), self.relaxation(), self.tails(), self.collapse(), self.matter()]
         survival = self.survival()
         survival.lines = self.causes()  # one width: no law of width, no widths to compare
+        if not survival.pictures:
+            reasons = {curve["refusal"]: None for found in self.laws for curve in found[HEADS]["survival"].values()}
+            survival.lines.append(f"No curve is drawn: {'; '.join(reasons)}.")
         return [survival, self.relaxation(), self.tails(), self.matter()]
 
     def causes(self) -> list[str]:

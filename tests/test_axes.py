@@ -177,3 +177,11 @@ def test_page_compares_by_any_axis(tmp_path):
     assert f"Level and t50 against {BATCH}" in page and f"Differences by {BATCH}" in page
     assert re.search(rf"{BATCH} 16 against 64: the level is 0\.6\d", page)
     assert not several_widths(made.analysis.laws) and "Laws of width" not in page and "against width" not in page
+
+
+def test_where_no_head_rises_nothing_is_tested_and_the_page_says_so(tmp_path):
+    sweep, analysis = planted({BATCH: (16, 64)}, lambda _: 1.0, seeds=4, rises=lambda _, seed: False)
+    section = AxesSection(folder=tmp_path, sweep=sweep, analysis=analysis)
+    lines = section.sections()[0].lines
+    assert lines[0] == "None of 1 contrast can be tested."
+    assert "levels are not compared" in lines[1] and "shown" not in lines[1] and len(lines) == 2
