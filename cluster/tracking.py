@@ -373,13 +373,14 @@ def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
 
 
 def share_view(client: MlflowClient, place: Place, sweep: Sweep) -> None:
-    """Store the view that `comparison_path` opens: this sweep's members as charts, grouped by its axes.
+    """Store the view that `comparison_path` opens: this sweep's members as charts, grouped by its axes; without
+    runs that were broken off.
 
     MLflow's pages keep a shared view as a tag of the experiment; parts left out stand at their defaults.
     """
     keys = [{"mode": "tag", "groupByData": name} for name in sweep.axis_names]
     view = {
-        "searchFilter": f"tags.`{PARENT}` = '{place.parent}' and tags.{KIND} = 'member'",
+        "searchFilter": f"tags.`{PARENT}` = '{place.parent}' and tags.{KIND} = 'member' and status != 'KILLED'",
         "groupBy": {"aggregateFunction": "average", "groupByKeys": keys},
     }
     client.set_experiment_tag(place.experiment, f"mlflow.sharedViewState.{place.parent}", json.dumps(view))
