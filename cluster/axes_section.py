@@ -27,7 +27,7 @@ from cluster.widths import values_along
 
 AXES_PANELS = 2
 LINES, DRAWN = 12, 20  # contrasts that are put into words, and that are drawn
-MOST = 60  # contrasts that are worked out
+MOST = 36  # contrasts that are worked out: about half a second each
 LEVEL, SHARE = (item for item in QUANTITIES if item.name in ("level", "share_risen"))
 WORDS = {LEVEL.words: "of the level", SHARE.words: "of the share of heads that rose", LATER: "of whether and when"}
 Setting = Mapping[str, Any]
@@ -199,7 +199,7 @@ class AxesSection:
         shown = Counter(row.quantity for row in tested if row.shown)
         parts = [f"{WORDS[words]} in {shown[words]:,}" for words in WORDS]
         if not tested:
-            return [f"None of {plural(len(found), 'contrast')} can be tested.", *self._each(found)]
+            return ["No difference can be tested.", *self._each(found)]
         how = sorted({"within seeds" if contrast.paired else "between settings" for contrast in found})
         lines = [
             f"Of {plural(len(found), 'contrast')} a difference is shown {', '.join(parts)}; p by exchanging members "

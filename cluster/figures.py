@@ -213,7 +213,7 @@ def draw_losses(runs: Sequence[Run], floors: Floors) -> Figure:
         "optimum": floors.optimum,
     }
     for name, value in known.items():
-        if value:
+        if value and math.isfinite(value):
             ax.axhline(value, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=0)
             ax.annotate(
                 f"{name}: {value:.3g}", (0.995, value), (0, 3), ("axes fraction", "data"), "offset points",

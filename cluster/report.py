@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -426,4 +427,5 @@ def shared_floors(sweep: Sweep) -> Floors:
         name: getattr(floors, name) if len({getattr(each, name) for each in every}) == 1 else None
         for name in ("without_attention", "optimum")
     }
-    return Floors(trivial=floors.trivial, **known)
+    same = len({each.trivial for each in every}) == 1
+    return Floors(trivial=floors.trivial if same else math.nan, **known)

@@ -183,5 +183,5 @@ def test_where_no_head_rises_nothing_is_tested_and_the_page_says_so(tmp_path):
     sweep, analysis = planted({BATCH: (16, 64)}, lambda _: 1.0, seeds=4, rises=lambda _, seed: False)
     section = AxesSection(folder=tmp_path, sweep=sweep, analysis=analysis)
     lines = section.sections()[0].lines
-    assert lines[0] == "None of 1 contrast can be tested."
+    assert lines[0] == "No difference can be tested."
     assert "levels are not compared" in lines[1] and "shown" not in lines[1] and len(lines) == 2
