@@ -117,9 +117,10 @@ def ledger(options: CleanOptions) -> tuple[MlflowClient, str]:
 
 def store_of(desk: Desk, parent: Run) -> str:
     """Where a sweep's checkpoints lie."""
-    sweep = parent.data.tags["sweep_id"]
+    sweep, study = parent.data.tags["sweep_id"], parent.data.tags.get("study")  # a point of a search lies below that
+    below = f"{study}/{sweep}" if study else sweep
     root = desk.settings.store
-    return f"{root.rstrip('/')}/{sweep}" if root else str(desk.out / sweep)
+    return f"{root.rstrip('/')}/{below}" if root else str(desk.out / below)
 
 
 def look(desk: Desk, parent: Run, console: Console) -> list[Item]:
@@ -158,9 +159,17 @@ def items(
             time=max(file.time for file in own), unfinished=newest, kept=bool(newest & set(running)),
             why="" if unfinished else DONE,
         ))  # fmt: skip
-    for file in left.values():
-        found.append(Item(sweep=sweep, store=store, files=(file.name,), size=file.size, time=file.time, why=LEFT))
+    known = {file.name for file in files}
+    for file in left.values():  # a manifest that cannot be read now, and its tensors, may be sound: they stay until old
+        paired = {f"{file.name.rpartition('.')[0]}{ending}" for ending in (".json", ".npz")} <= known
+        why = "" if paired or (file.name.endswith(".json") and not temporary(file.name)) else LEFT
+        found.append(Item(sweep=sweep, store=store, files=(file.name,), size=file.size, time=file.time, why=why))
     return found
+
+
+def temporary(name: str) -> bool:
+    """Whether a file was never given its own name."""
+    return name.rpartition("/")[2].startswith(".")
 
 
 def listing(store: str) -> Iterator[File]:

@@ -14,9 +14,10 @@ from scipy import stats
 
 from cluster.analysis import RISEN, Analysis, number
 from cluster.encoding import encode, require_known
-from cluster.findings import DASH, number_text, step_text
+from cluster.findings import DASH, number_text, plural, step_text
 from cluster.intervals import CONFIDENCE, log_mean_interval, mean_interval
 from cluster.sweep import Sweep
+from probes.emergence import STEP_ZERO
 from probes.survival import log_rank_scores, permutation_test
 from sim.checks import require
 
@@ -66,11 +67,21 @@ class Side:
     @property
     def members(self) -> pd.DataFrame:
         """Finished members there."""
+        table = self._there()
+        return table[table["outcome"] == "finished"]
+
+    def _there(self) -> pd.DataFrame:
         table = self.analysis.members
-        table = table[table["outcome"] == "finished"]
         for name, value in self.fixed.items():
             table = table[table[name] == value]
         return table
+
+    @property
+    def told(self) -> str:
+        """How many members finished, and how many did not: no quantity counts these."""
+        others = self._there()["outcome"].loc[lambda outcome: outcome != "finished"].value_counts()
+        out = ", ".join(f"{count:,} {outcome}" for outcome, count in others.items())
+        return plural(len(self.members), "finished member") + (f" ({out}, of which nothing here tells)" if out else "")
 
     def free(self) -> dict[str, list[Any]]:
         """Axes along which its members still differ, and their values."""
@@ -89,6 +100,7 @@ class Side:
         table["t50"] = np.exp(table["member_id"].map(t50))
         table["share_risen"] = table["member_id"].map(share)
         table["detecting"] = table["level"].notna().astype(float)
+        table["level"] = table["level"].clip(lower=STEP_ZERO)  # there at the first probe: as early as can be told
         names = [item.name for item in QUANTITIES]
         return table.reindex(columns=[*self.sweep.axis_names, "seed", "last_step", *names])
 
@@ -226,7 +238,7 @@ def _whether_and_when(label: str, a: pd.DataFrame, b: pd.DataFrame, paired: bool
     both = pd.concat([a, b])
     status = np.where(both["level"].notna(), "emerged", "never")
     times = both["level"].fillna(both["last_step"]).to_numpy(float)
-    scores = log_rank_scores(np.maximum(times, 0.5), status.tolist())
+    scores = log_rank_scores(np.maximum(times, STEP_ZERO), status.tolist())
     parts, seeds = [scores[: len(a)], scores[len(a) :]], [a["seed"].to_numpy(), b["seed"].to_numpy()]
     p, reason = _permuted(parts, seeds, paired)
     none = (math.nan, math.nan, math.nan)

@@ -119,7 +119,7 @@ def _direction(row: Row) -> str:
 def show(console: Console, a: Side, b: Side, rows: Sequence[Row], differs: Sequence[tuple[str, str, str]]) -> None:
     """The comparison in the terminal."""
     for side in (a, b):
-        console.print(f"[bold]{escape(side.title)}[/bold], {plural(len(side.members), 'finished member')}")
+        console.print(f"[bold]{escape(side.title)}[/bold], {side.told}")
     for name, first, second in differs:
         console.print(f"  {escape(name)}: {escape(first)} against {escape(second)}", soft_wrap=True)
     if not differs:

@@ -33,6 +33,7 @@ from cluster.findings import number_text, plural
 from cluster.intervals import CONFIDENCE
 from cluster.laws import RATE
 from cluster.sweep import Sweep
+from probes.emergence import STEP_ZERO
 from probes.scaling import MIN_CLUSTERS, MIN_WIDTHS
 from sim.checks import require
 
@@ -107,7 +108,7 @@ def read_pilot(sweep: Sweep, analysis: Analysis) -> Pilot:
     heads = analysis.heads[analysis.heads["relation"] == sweep.system.relation]
     share = heads["status"].isin(RISEN).groupby(heads["member_id"]).mean()
     shares = finished["member_id"].map(share)
-    levels = np.log(finished["level"].where(finished["level"] > 0))
+    levels = np.log(finished["level"].clip(lower=STEP_ZERO))
     within = [finished[name] for name in axes]
     return Pilot(
         widths=tuple(sorted(int(width) for width in finished["width"].unique())),

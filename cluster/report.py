@@ -93,13 +93,14 @@ def require_replaceable(folder: Path) -> None:
 
 
 def swap(fresh: Path, folder: Path, old: Path) -> None:
-    """Rename `fresh` to `folder`; what stood there goes to `old`, and comes back if that fails."""
-    if folder.exists():
-        folder.rename(old)
+    """Rename `fresh` to `folder`; what stood there goes to `old`, and comes back if that fails or is broken off."""
+    folder = folder.resolve()
     try:
+        if folder.exists():
+            folder.rename(old)
         fresh.rename(folder)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not folder.exists():
             old.rename(folder)
         raise
 

@@ -417,11 +417,20 @@ def is_gone(driver: str) -> bool:
         return False
     try:
         state = Path(f"/proc/{int(parts[1])}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError, IndexError):
-        return False
+    except (OSError, ValueError, IndexError):  # hidden from us, where it is somebody else's: a signal of 0 is not
+        return not process_lives(parts[1])
     return state in "ZX"  # dead, and its parent has not asked how it ended
+
+
+def process_lives(number: str) -> bool:
+    """Whether there is a process of this number, whoever's it is; True where that cannot be known."""
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        return True
+    return True
 
 
 def require_free(parent: Run) -> None:

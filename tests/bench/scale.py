@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 
 from cluster import tracking
-from cluster.cli import show_members
+from cluster.commands import show_members
 from cluster.driver import Settings, run_sweep
 from cluster.member_runs import MemberRuns
 from cluster.pack import make_pool
