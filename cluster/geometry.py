@@ -48,7 +48,7 @@ Tokens = Literal["all", "related"]
 HeadKey = tuple[int, int]
 """(layer, head)"""
 
-VERSION = 2  # raised when a fix changes the numbers
+VERSION = 3  # raised when a fix changes the numbers
 METHODS = ("gradient", "profile", "score", "loss gap", "line coefficient")
 TABLES = ("llc", "degrees")
 LINE = "one-dimensional learning coefficient along the line at n_beta, gamma; equals 1/k only as n_beta grows"

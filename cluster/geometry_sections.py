@@ -30,6 +30,7 @@ REASONS = 3  # named, of why estimates are not sound
 THREE = ".3g"  # figures
 ROSE = ("emerged", "growing", "transient")
 HEAD = ["member_id", "layer", "head"]
+CHECKED = {"sound", "slope"}
 Interval = tuple[float, float, float]
 
 
@@ -108,13 +109,16 @@ def settings_text(llc: pd.DataFrame) -> str:
     )
 
 
-def phase_lines(phases: pd.DataFrame) -> list[str]:
-    """Heads that emerged against heads that did not, width by width, and in one sentence over all widths."""
+def phase_lines(phases: pd.DataFrame, level: pd.DataFrame | None = None) -> list[str]:
+    """Heads that emerged against heads that did not, width by width, and in one sentence over all widths.
+
+    level: the same phases with what the slope at each point takes off added back; a claim is made if it holds of both.
+    """
     if phases.empty:
         return ["No member has a head that emerged and was measured, so there is no before and after to compare."]
     means = {(each.width, each.group, each.phase): each for each in phase_means(phases)}
     widths = sorted(phases["width"].unique())
-    lines, apart, risen = [], [], []
+    lines, apart, risen, without = [], [], [], ([], [])  # type: ignore[var-annotated]
     for width in widths:
         parts = []
         for phase in PHASES:
@@ -125,6 +129,9 @@ def phase_lines(phases: pd.DataFrame) -> list[str]:
         change = paired(phases, width, "phase", PHASES[2], PHASES[0], group=GROUPS[0])
         apart.append(difference)
         risen.append(change)
+        if level is not None:
+            without[0].append(paired(level, width, "group", *GROUPS, phase=PHASES[2]))
+            without[1].append(paired(level, width, "phase", PHASES[2], PHASES[0], group=GROUPS[0]))
         members = phases.loc[phases["width"] == width, "member_id"].nunique()
         lines.append(
             f"Width {width:g}, {plural(members, 'member')}: {'; '.join(parts)}. Within members, emerged less never "
@@ -132,23 +139,28 @@ def phase_lines(phases: pd.DataFrame) -> list[str]:
             f"{interval(change, THREE)}."
         )
     return [
-        sentence(apart, "After emergence, heads that emerged have {} coefficients {} heads of the same member that "
-                 "never did", "whether coefficients of heads that emerged differ from those of heads that never did"),
-        sentence(risen, "Coefficients of heads that emerge are {} after emergence {} before it",
+        sentence(apart, without[0], "After emergence, heads that emerged have {} coefficients {} heads of the same "
+                 "member that never did",
+                 "whether coefficients of heads that emerged differ from those of heads that never did"),
+        sentence(risen, without[1], "Coefficients of heads that emerge are {} after emergence {} before it",
                  "whether coefficients of heads that emerge change from before to after"),
         *lines,
     ]  # fmt: skip
 
 
-def sentence(found: Sequence[Interval], claim: str, question: str) -> str:
-    """One claim over all widths, made only if its sign is sure at each."""
+def sentence(found: Sequence[Interval], level: Sequence[Interval], claim: str, question: str) -> str:
+    """One claim over all widths, made only if its sign is sure at each; level: the same with slopes' share added."""
     signs = {int(low > 0) - int(high < 0) for _, low, high in found}
     over = f"at {'the one width' if len(found) == 1 else f'each of {len(found)} widths'}"
     if not any(math.isfinite(low) for _, low, _ in found):
         return f"It cannot be said {question}: no width has two members with both."
     if signs in ({1}, {-1}):
         words = claim.format(*(("higher", "than") if signs == {1} else ("lower", "than")))
-        return f"{words}, {over} ({CONFIDENCE:.0%} intervals over members exclude 0)."
+        kept = {int(low > 0) - int(high < 0) for _, low, high in level} in (signs, set())
+        if not kept:
+            return f"{words}, {over}; but not so once what slopes take off is added back: they alone may make it so."
+        also = ", also with what slopes take off added back" if level else ""
+        return f"{words}, {over} ({CONFIDENCE:.0%} intervals over members exclude 0{also})."
     if {1, -1} <= signs:
         return f"Widths differ in {question}: the sign is not the same at all of them."
     return f"It is not shown {question}: not at every width is there a {CONFIDENCE:.0%} interval that excludes 0."
@@ -258,7 +270,7 @@ class GeometrySection:
     def all(self) -> list[Section]:
         """The section, where anything was measured."""
         llc, degrees = self.analysis.llc, self.analysis.degrees
-        if llc.empty or degrees.empty or self.judged.empty:
+        if llc.empty or degrees.empty or self.judged.empty or not set(llc) >= CHECKED:  # these were of older versions
             return []
         section = Section(
             title="Degenerate geometry",
@@ -272,7 +284,9 @@ class GeometrySection:
             resting, left_out = not_falling(own)
             phases = by_phase(resting, self.judged)
             start = "" if llc["tokens"].nunique() == 1 else f"Loss over {tokens} tokens: "
-            section.lines += [start + line for line in [convergence_line(own), left_out, *phase_lines(phases)] if line]
+            level = by_phase(resting.assign(llc=resting["llc"] + resting["slope"]), self.judged)
+            told = [convergence_line(own), left_out, *phase_lines(phases, level)]
+            section.lines += [start + line for line in told if line]
         section.lines += agreement_lines(degrees)
         first, _ = not_falling(llc[llc["tokens"] == llc["tokens"].min()])
         self._draw_heads(section, first)

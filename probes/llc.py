@@ -131,7 +131,7 @@ class LLC:
     spread: float  # (w - w*) . grad U / d, mean over chains: 1 once they have reached their density
     spread_error: float  # of that, from the scatter of chains
     heating: float  # by minibatches, as a share of the temperature in the directions of their noise
-    gradient: float  # n_beta^2 |grad L(w*)|^2 / gamma: what it lowers the estimate by, at most
+    gradient: float  # n_beta^2 |grad L(w*)|^2 / gamma: what it lowers the estimate by, were the loss flat but for it
     n: int | None  # examples in the data, if told
     n_beta: float
     gamma: float
@@ -147,10 +147,11 @@ class LLC:
 
     @property
     def sound(self) -> bool:
-        """It is what its definition says at its own n_beta and gamma, about a point with hardly a slope: no chain
-        diverged, steps would be accepted at 90%, both halves of the trace agree within 20%, chains have the spread of
-        their density, and neither minibatches nor the gradient at the point change the mean, which is above 0, by more
-        than 20%."""
+        """Nothing shows that it is not what its definition says at its n_beta and gamma, about a point with hardly any
+        slope: no chain diverged, steps would be accepted at 90%, no drift of the trace by 20% and no such gap between
+        chains' spread and that of their density is sure (3 standard errors over chains), and neither minibatches nor
+        the gradient at the point change the mean, which is above 0, by more than 20%. Of one chain no scatter is known,
+        so it is not sound."""
         return not any(self._faults())
 
     @property
@@ -161,23 +162,26 @@ class LLC:
     def _faults(self) -> Iterator[str]:
         if self.diverged:
             yield f"{self.diverged} of {counted(len(self.per_chain), 'chain')} diverged"
-        if not self.mean > 0.0:
-            if self.mean < 0.0:
-                yield f"{self.mean:.3g} is below 0: lower losses lie near by"
-            return  # exactly 0: nothing that moves has any effect
+        if self.mean == 0.0 or math.isnan(self.mean):
+            return  # nothing that moves has any effect; or all chains were lost
+        if self.mean < 0.0:
+            yield f"{self.mean:.3g} is below 0: lower losses lie near by"
         if math.isnan(self.acceptance):
             yield "no look at the acceptance"
         elif self.acceptance < LEAST_ACCEPTANCE:
             yield f"acceptance {self.acceptance:.2f}, under {LEAST_ACCEPTANCE:g}"
+        if len(self.per_chain) - self.diverged < 2:
+            yield "a single chain says nothing of its own scatter"
         drift, error = _drift(self.trace)
-        if _misses(drift, error):
+        if self.mean > 0.0 and _misses(drift, error):
             yield f"the trace drifts by {drift:+.0%} from its first half to its second"
         if _misses(self.spread - 1.0, self.spread_error):
             yield f"chains have {self.spread:.2f} of the spread of their density"
         if self.heating > TOLERANCE:
             yield f"minibatches heat by {self.heating:.0%}"
-        if self.gradient > TOLERANCE * self.mean:
-            yield f"the gradient at the point lowers it by up to {self.gradient / self.mean:.0%}"
+        if self.gradient > TOLERANCE * abs(self.mean):
+            size = f"about {self.gradient / abs(self.mean):.0%}" if self.gamma else "an amount that nothing bounds"
+            yield f"the gradient at the point lowers it by {size}"
 
     def _dependence(self) -> Iterator[str]:
         if not self.mean > 0.0:
@@ -259,8 +263,9 @@ class Calibration:
     """A grid of step sizes and localisations, one entry a combination, and the one to use.
 
     Among those where no chain diverged, the mean trace is flat within 20%, the coefficient above 0, and at every point
-    acceptance is 90% or more, chains have the spread of their density and minibatches heat by no more than 20%: the
-    least gamma, and with it the largest step. `refusal`: why there is none.
+    acceptance is 90% or more, chains have the spread of their density and minibatches heat by no more than 20%, and
+    where the gradient at the points lowers the coefficient by no more than 20%: the least gamma, and with it the
+    largest step. `refusal`: why there is none.
     """
 
     step_size: Array  # [G]
@@ -302,6 +307,8 @@ def calibrate(
     spread = spreads[np.abs(spreads - 1.0).argmax(axis=0), np.arange(len(variants))]
     diverged = np.isnan(traces).any(axis=3).sum(axis=(0, 2))
     sd = _nanmean(np.array([[_sd(row) for row in point.mean(axis=2)] for point in traces]), (0,))
+    slope = _square(target.gradient(), None).mean() * (settings.scale * settings.n_beta) ** 2
+    pull = slope / np.maximum([each.gamma for each in variants], np.finfo(float).tiny)
     lacks = {
         "a chain diverged": diverged > 0,
         f"acceptance under {LEAST_ACCEPTANCE:g}": ~(acceptance >= LEAST_ACCEPTANCE),
@@ -309,6 +316,7 @@ def calibrate(
         "lower losses lie near by": ~(llc > 0.0),
         "chains have not the spread of their density": np.any(missed, axis=0),
         "minibatches heat": heating > TOLERANCE,
+        "the gradient at the points lowers it": pull > TOLERANCE * np.abs(llc),
     }
     sound = ~np.any(list(lacks.values()), axis=0)
     ranked = sorted(np.flatnonzero(sound), key=lambda i: (variants[i].gamma, -variants[i].step_size))

@@ -298,7 +298,9 @@ def test_a_coefficient_on_a_line_gives_a_degree_only_where_it_can():
     assert from_line(estimate(0.7)).refusal == "coefficient 0.7 (from 0.693) is above 1/2"
     two = from_line(estimate(0.501))  # of a quadratic, where noise puts it half of the time
     assert two.low < 2.0 < two.high
-    assert from_line(estimate(0.25, chains=1)).refusal == "coefficient 0.25 has no interval over 1 chain"
+    assert (
+        from_line(estimate(0.25, chains=1)).refusal == "not converged: a single chain says nothing of its own scatter"
+    )
     assert from_line(estimate(0.25, converged=False)).refusal.startswith("not converged: depends on the settings")
 
 
@@ -607,6 +609,26 @@ def test_convergence_is_counted_with_what_estimates_rest_on():
     unseen = llc[llc["sound"]].assign(**dict.fromkeys(geometry.NEARBY, np.nan), converged=False)
     assert convergence_line(unseen).endswith("how far they depend on n_beta and gamma was not looked at.")
     assert commonest(pd.Series(["a 1%", "a -2", "b"])) == [("a …", 2), ("b", 1)]
+
+
+def test_a_rise_that_slopes_alone_may_make_is_not_claimed():
+    """Estimates rise by 2 within members; slopes take off 2.2 before and nothing after."""
+    keys = [{"member_id": m, "width": 32, "layer": 0, "head": 0} for m in "abcd"]
+    llc = planted_estimates(keys)
+    llc["llc"] += llc["member_id"].map({"a": 0.0, "b": 0.01, "c": 0.02, "d": 0.03})
+    heads = pd.DataFrame(keys).assign(status="emerged", t10=20.0, t90=80.0)
+    phases = by_phase(llc, heads)
+    for slopes, said in (
+        ((0.1, 0.1, 0.1), "also with what slopes take off added back"),
+        ((2.2, 0.0, 0.0), "not so once"),
+    ):
+        level = by_phase(
+            llc.assign(llc=llc["llc"] + llc["step"].map(dict(zip((0, 50, LAST), slopes, strict=True)))), heads
+        )
+        lines = [line for line in phase_lines(phases, level) if line.startswith("Coefficients of heads that emerge")]
+        assert len(lines) == 1
+        assert "higher after emergence than before it" in lines[0]
+        assert said in lines[0]
 
 
 def test_the_report_has_the_section_only_where_geometry_was_measured(tmp_path):

@@ -321,14 +321,18 @@ def test_every_reason_is_given():
         "": made(),
         "1 of 4 chains diverged": made(diverged=1, trace=lost),
         "1 of 1 chain diverged": made(diverged=1, per_chain=np.array([np.nan]), mean=np.nan),
-        "-0.2 is below 0: lower losses lie near by": made(mean=-0.2),
+        "-0.2 is below 0: lower losses lie near by": made(mean=-0.2, gradient=0.01),
+        "-0.2 is below 0: lower losses lie near by; acceptance 0.85, under 0.9; the gradient at the point lowers it by "
+        "about 50%": made(mean=-0.2, acceptance=0.85),
+        "the gradient at the point lowers it by an amount that nothing bounds": made(gamma=0.0, gradient=float("inf")),
+        "a single chain says nothing of its own scatter": made(per_chain=np.ones(1), trace=np.ones((1, 10))),
         "acceptance 0.85, under 0.9": made(acceptance=0.85),
         "the trace drifts by +56% from its first half to its second": made(trace=rising),
         "the trace drifts by -56% from its first half to its second": made(trace=rising[:, ::-1]),
         "chains have 0.70 of the spread of their density": made(spread=0.7, spread_error=0.09),
         "chains have 1.30 of the spread of their density": made(spread=1.3, spread_error=float("nan")),
         "minibatches heat by 25%": made(heating=0.25),
-        "the gradient at the point lowers it by up to 30%": made(mean=0.99, gradient=0.297),
+        "the gradient at the point lowers it by about 30%": made(mean=0.99, gradient=0.297),
         "no look at other n_beta and gamma": made(sensitivity={}),
         "depends on the settings: +30% at gamma x 3, nan% at gamma / 3": made(
             sensitivity={"gamma x 3": 1.3, "n_beta x 3": 1.19, "gamma / 3": float("nan")}
