@@ -76,7 +76,12 @@ class Metered:
 def note_steps(path: Path, run: Any) -> None:
     """Have the attempt note what it comes to: written at once, so that a killed one has told too."""
     file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    header = {"pid": os.getpid(), "members": [m.id for m in run.pack.members], "start": run.trainer.state.step}
+    header = {
+        "pid": os.getpid(),
+        "born": born(os.getpid()),
+        "members": [m.id for m in run.pack.members],
+        "start": run.trainer.state.step,
+    }
     os.write(file, json.dumps(header).encode() + b"\n")
     trainer, sink, advance, save = run.trainer, run.sink, run.trainer.advance, run.sink.save
 
@@ -94,14 +99,20 @@ def note_steps(path: Path, run: Any) -> None:
 
 @dataclass(kw_only=True)
 class Attempt:
-    """What a meter has noted. kept: (step, name, Unix seconds) of its checkpoints."""
+    """What a meter has noted. born: of its process (see `born`); kept: (step, name, Unix seconds) of checkpoints."""
 
     pid: int
+    born: int
     members: list[str]
     begun: float
     start: int
     last: int
     kept: list[tuple[int, str, float]]
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process is; not another one that has been given its number."""
+        return self.born == born(self.pid) > 0
 
     @classmethod
     def read(cls, path: Path) -> Attempt | None:
@@ -192,7 +203,7 @@ class Scene:
     def busy(self) -> list[Attempt]:
         """The attempts of workers that are alive and in the middle of a pack."""
         latest = {attempt.pid: attempt for attempt in self.attempts()}
-        return [a for a in latest.values() if a.last < self.steps and parent_of(a.pid)]
+        return [a for a in latest.values() if a.last < self.steps and a.alive]
 
     def query(self, text: str) -> list[tuple[Any, ...]]:
         """Rows of the ledger's database."""
@@ -220,13 +231,24 @@ def environment() -> dict[str, str]:
     return {**kept, **own, "RAY_worker_niceness": "0"}  # Ray's 15 would leave them next to nothing on a busy machine
 
 
+def status_of(pid: int) -> list[str]:
+    """The words of /proc/PID/stat from the state on; none for a process that is no more."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+    return [] if words[0] in "ZX" else words
+
+
 def parent_of(pid: int) -> int:
     """The parent of a process; 0 if it is no more."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (OSError, ValueError):
-        return 0
-    return 0 if state in "ZX" else int(parent)
+    return int((status_of(pid) or ["", "0"])[1])
+
+
+def born(pid: int) -> int:
+    """When a process began, in ticks since the machine did; 0 if it is no more."""
+    words = status_of(pid)
+    return int(words[19]) if words else 0
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, process: subprocess.Popen[str] | None = None) -> Any:
@@ -376,7 +398,7 @@ def stop_while_ending(scene: Scene, process: subprocess.Popen[str]) -> Attempt:
         done = set(scene.finished())
         for attempt in scene.attempts():
             told = sum(member in done for member in attempt.members)
-            if attempt.last == scene.steps and 0 < told < len(attempt.members) - 1 and parent_of(attempt.pid):
+            if attempt.last == scene.steps and 0 < told < len(attempt.members) - 1 and attempt.alive:
                 return attempt
         return None
 
