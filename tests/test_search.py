@@ -383,7 +383,7 @@ def test_a_watched_pack_tells_its_median_loss_once_all_pieces_are_there(monkeypa
 
     runs = Runs()
     runs.pack = pack
-    sink = TrialSink(None, runs, watched=True)
+    sink = TrialSink(None, runs, watched=True, pack_id="p")
     first, second = pack.cut(2)
     sizes, train = (len(first.members), len(second.members)), {"train_loss": np.array([0.1])}
     sink.progress(first, 7, train | {"validation_loss": np.full(sizes[0], 0.2)})
@@ -653,11 +653,12 @@ def test_a_search_interrupted_and_killed_goes_on_and_trains_nothing_twice(tmp_pa
         assert states[-1] == ("WAITING" if signum == signal.SIGINT else "RUNNING"), states
     client, parents, _ = points_in(tmp_path)
     done = {run.info.run_id for run in parents if run.info.status == "FINISHED"}
-    held = [study().user_attrs["run"], *(run.info.run_id for run in parents)]
+    study_run = study().user_attrs["run"]
+    beat = client.get_run(study_run).data.tags["heartbeat"]
+    client.set_tag(study_run, "heartbeat", f"{beat.partition(' ')[0]} elsewhere:1::abcdef")  # whose end cannot be seen
     with pytest.raises(tracking.TrackingError, match="s is held by driver"):
         searches.search_command(command[1:], quiet)
-    for run in held:  # a minute goes by
-        client.set_tag(run, "heartbeat", "")
+    client.set_tag(study_run, "heartbeat", beat)  # of a process of this machine, which is gone
 
     process = start(tmp_path, *command)
     out, err = process.communicate(timeout=200)
