@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -24,7 +23,7 @@ from cluster.driver import Desk, Settings, comparison_hint
 from cluster.figures import COLOURS, INK, count_text, new_figure, plain
 from cluster.findings import plural
 from cluster.intervals import CONFIDENCE
-from cluster.page import take_picture
+from cluster.page import take_picture, template
 from cluster.report import swap
 from cluster.tracking import Place
 from sim.checks import require
@@ -183,15 +182,8 @@ def write_page(folder: Path, a: Side, b: Side, rows: Sequence[Row], differs: Seq
         )
         picture = take_picture(fresh, "compare", draw(a, b, rows), caption, "Both sides by point")
         to_frame(rows).to_parquet(fresh / "compare.parquet", index=False)
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
         how = "within each seed, as seeds share their data order" if is_paired(a, b) else "between the two sides"
-        page = environment.get_template("compare.html.j2").render(
+        page = template("compare.html.j2").render(
             a=a, b=b, differs=differs, columns=COLUMNS, rows=[cells(row) for row in rows], picture=picture,
             verdict=verdict(rows), how=how, confidence=CONFIDENCE, plural=plural,
         )  # fmt: skip

@@ -54,6 +54,11 @@ class Live:
         self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}")
 
 
+def loss_text(loss: float) -> str:
+    """`, loss 0.1234`, or nothing before there is one."""
+    return f", loss {loss:.4f}" if math.isfinite(loss) else ""
+
+
 class Terminal(Live):
     """Live progress: one bar for all member-steps, one for each running pack with its loss."""
 
@@ -107,7 +112,7 @@ class Terminal(Live):
         elif time.monotonic() - self.last_line > LINE_EVERY:
             self.last_line = time.monotonic()
             share = self._work_done() / max(self._work_total(), 1)
-            self.console.print(f"{share:4.0%} of all steps; pack {pack} at step {step:,}, loss {loss:.4f}")
+            self.console.print(f"{share:4.0%} of all steps; pack {pack} at step {step:,}{loss_text(loss)}")
 
     def _draw(self, pack: str, loss: float) -> None:
         if self.total is not None:

@@ -1,4 +1,4 @@
-"""Parts of the report's page: sections of words and pictures."""
+"""Parts of pages: templates, sections of words and pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 from matplotlib.figure import Figure
 
 from cluster import figures
@@ -31,6 +32,18 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     missing: str = ""
     lines: list[str] = field(default_factory=list)
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template, which lies beside this file; values are escaped, and one that is not given is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def take_picture(folder: Path, name: str, figure: Figure, caption: str, alt: str) -> Picture:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -28,7 +27,7 @@ from cluster.geometry_sections import GEOMETRY_PANELS, GeometrySection
 from cluster.intervals import CONFIDENCE
 from cluster.law_sections import LAW_PANELS, LawSections, several_widths
 from cluster.own_sections import OWN_PANELS, own_sections
-from cluster.page import Picture, Section, take_picture
+from cluster.page import Picture, Section, take_picture, template
 from cluster.picture import LEAST_WEIGHT, draw_box, make_scene
 from cluster.sweep import Sweep, replace_fields
 from cluster.widths import along, draw_times, level_spots, t50_spots
@@ -180,19 +179,12 @@ def render(
         drawing.worth(),
         *own_sections(folder, sweep.probe.probes, drawing.portraits),
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     lines = [(point.label, say.point_line(point, relation)) for point in evenly(points, say.LINES)]
     tables = [make(sweep, analysis) for make in (say.width_rows, say.head_rows, say.member_rows, say.lost_rows)]
     laws = sound_laws(analysis.laws)
     one_width = bool(laws) and not several_widths(laws)
     tables[:0] = [*([] if one_width else [law_rows(laws)]), *geometry.tables(), *compared.tables()]
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         sweep=sweep,
         system=type(sweep.system).__name__,
         about=(type(sweep.system).__doc__ or "").partition("\n\n")[0].replace("`", ""),

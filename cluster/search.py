@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from cluster import tracking
 from cluster.dispatch import open_shelf, ray_cluster, run_points, settle_resources, slots
-from cluster.display import LINE_EVERY, Live, count
+from cluster.display import LINE_EVERY, Live, count, loss_text
 from cluster.driver import Desk, Settings, require_writable
 from cluster.figures import save
 from cluster.objectives import Verdict
@@ -144,7 +144,7 @@ class Board(Live):
         if not self.console.is_terminal and time.monotonic() - self.last_line > LINE_EVERY:
             self.last_line = time.monotonic()
             done = f"{finished(self.study):,} of {count(self.search.options.points, 'point')}"
-            self.console.print(f"{done}; a pack at step {report.step:,}, loss {report.loss:.4f}")
+            self.console.print(f"{done}; a pack at step {report.step:,}{loss_text(report.loss)}")
 
     def verdict(self, number: int, verdict: Verdict) -> None:
         """What came of a point."""
