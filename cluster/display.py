@@ -127,7 +127,7 @@ class Terminal(Live):
             seeds = ",".join(dict.fromkeys(str(member.config.seed) for member in self.by_id[pack].members))
             plural = "s" if "," in seeds else ""
             self.tasks[pack] = self.bars.add_task(f"  {title} seed{plural} {seeds}", total=last, note="")
-        note = f"loss {loss:.4f}"
+        note = loss_text(loss).removeprefix(", ")
         self.bars.update(self.tasks[pack], completed=self.steps[pack], note=note)
 
     def analyzed(self, done: int, total: int) -> None:
