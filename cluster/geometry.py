@@ -24,17 +24,19 @@ from cluster.intervals import mean_interval
 from cluster.pack import probe_batch, to_numpy
 from cluster.sweep import MemberConfig, digest
 from probes.degree import (
+    LINE,
     PROFILE,
     Degree,
     degree_from_gradient,
+    degree_from_line,
     degree_from_loss,
     degree_from_profile,
     degree_from_score,
+    line_points,
     refused,
 )
 from probes.llc import LLC, LLCSettings, estimate_llcs
 from probes.relaxation import Relaxation, fit_relaxation
-from probes.words import counted
 from sim.checks import require, require_one_of
 from sim.generator import Generator, key_of
 from sim.pool import Pool
@@ -48,13 +50,11 @@ Tokens = Literal["all", "related"]
 HeadKey = tuple[int, int]
 """(layer, head)"""
 
-VERSION = 3  # raised when a fix changes the numbers
+VERSION = 4  # raised when a fix changes the numbers
 METHODS = ("gradient", "profile", "score", "loss gap", "line coefficient")
 TABLES = ("llc", "degrees")
-LINE = "one-dimensional learning coefficient along the line at n_beta, gamma; equals 1/k only as n_beta grows"
 LEAST = 8  # steps from a head's onset on, for its gradients to be taken from there
 RECENT = 2.0  # decades of steps before the last, of which every second that is kept is measured
-FLOOR = 2.0  # standard errors of a difference of losses
 NEAREST, POINTS = 1e-3, 31  # least |x| of a profile in lengths of the line; points a side
 ROUNDING = 1e3 * np.finfo(float).eps  # of a mean loss
 MEMORY = 1 << 28  # bytes that are kept of what does not move
@@ -93,7 +93,7 @@ class Request:
                 dot == "." and layer.isdecimal() and number.isdecimal(), "heads", head, "LAYER.HEAD, for example 0.1"
             )
         require(self.minibatch >= 1, "minibatch", self.minibatch, "at least 1")
-        require(self.examples is None or self.examples >= 1, "examples", self.examples, "at least 1, or None")
+        require(self.examples is None or self.examples >= 2, "examples", self.examples, "at least 2, or None")
 
     @property
     def id(self) -> str:
@@ -128,8 +128,8 @@ class Request:
         return self.examples or size
 
     def looks(self, heads: int, steps: int) -> int:
-        """Gradients of a chain's loss, for all estimates of so many heads at so many steps and along their lines."""
-        return heads * (steps * len(self.tokens) * self.llc.looks + replace(self.llc, sensitivity=True).looks)
+        """Gradients of a chain's loss, for all estimates of so many heads at so many steps."""
+        return heads * steps * len(self.tokens) * self.llc.looks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,7 +305,6 @@ class Geometry:
         kept = list(self.kept.weights)
         end, before = kept[-1], {head: self._before(layer, head) for head in heads}
         weights = {step: self.kept.parameters([step], self.device, torch.float64) for step in {end, *before.values()}}
-        data, dtype = self.examples["all"], self.config.train.dtype
 
         def moved(head: int, name: str) -> Tensor:
             return (weights[before[head]][f"{layer}.{name}"] - weights[end][f"{layer}.{name}"])[0, head]
@@ -318,20 +317,14 @@ class Geometry:
         if not going:
             return found
         direction = {name: torch.stack([moved(head, name) for head in going]) for name in HEAD}
+        system, model, batch = self.config.system, self.config.model, self.examples["all"].double()
         places = [(0, head) for head in going]
-
-        def line(batch: Batch, dtype: torch.dtype) -> LineTarget:
-            end_weights = {name: value.to(dtype) for name, value in weights[end].items()}
-            size, system, model = self.request.minibatch, self.config.system, self.config.model
-            target = HeadTarget(system, model, end_weights, batch, places, layer, size)
-            return LineTarget(target, {name: value.to(dtype) for name, value in direction.items()})
-
-        keys = [key_of("line", self.subject.member_id, layer, head) for head in going]
-        settings = replace(self.request.llc, sensitivity=True)
-        sampled = estimate_llcs(line(data.batch, dtype), keys, settings, len(data.batch.inputs), AT_ONCE[self.device])
-        profiles = from_profiles(line(data.double(), torch.float64))
-        for head, degree, llc in zip(going, profiles, sampled, strict=True):
-            found[head] = {"profile": degree, "line coefficient": from_line(llc)}
+        target = HeadTarget(system, model, weights[end], batch, places, layer, self.request.minibatch)
+        line = LineTarget(target, direction)
+        for head, profile, coefficient in zip(
+            going, from_profiles(line), from_lines(line, self.request.llc), strict=True
+        ):
+            found[head] = {"profile": profile, "line coefficient": coefficient}
         return found
 
     def _before(self, layer: int, head: int) -> int:
@@ -380,29 +373,24 @@ def from_gradient(own: pd.DataFrame, onset: float) -> Degree:
 
 def from_profiles(line: LineTarget) -> list[Degree]:
     """From the loss on both sides of the end of each line, up to the line's own length."""
-    length = to_numpy(line.length)
-    side = np.geomspace(NEAREST * length.min(), length.max(), POINTS)
-    t = np.concatenate([-side[::-1], [0.0], side])
-    found = []
-    means, errors = (to_numpy(values) for values in line.profile(torch.from_numpy(t).to(line.length)))
-    for losses, error, reach in zip(means, errors, length, strict=True):
-        near = (t == 0.0) | ((np.abs(t) >= NEAREST * reach) & (np.abs(t) <= reach * (1 + 1e-9)))
-        floor = FLOOR * error[near] + ROUNDING * abs(losses[POINTS])
-        found.append(degree_from_profile(t[near], losses[near], floor=floor))
-    return found
+    unit = np.geomspace(NEAREST, 1.0, POINTS)
+    x = to_numpy(line.length)[:, None] * np.concatenate([-unit[::-1], [0.0], unit])
+    losses = to_numpy(line.profile(torch.from_numpy(x)))
+    return [
+        degree_from_profile(at, own, floor=ROUNDING * float(np.abs(own).mean()))
+        for at, own in zip(x, losses, strict=True)
+    ]
 
 
-def from_line(llc: LLC) -> Degree:
-    """k = 1 / llc of a one-dimensional coefficient, which no k puts above 1/2; refused where it is not converged, its
-    interval over chains is unknown, or lies above 1/2."""
-    if not llc.converged:
-        return refused(LINE, f"not converged: {llc.reason}")
-    _, low, high = mean_interval(llc.per_chain.tolist())
-    if not (llc.mean > 0.0 and math.isfinite(high)):
-        return refused(LINE, f"coefficient {llc.mean:.3g} has no interval over {counted(len(llc.per_chain), 'chain')}")
-    if low > 0.5:
-        return refused(LINE, f"coefficient {llc.mean:.3g} (from {low:.3g}) is above 1/2")
-    return Degree(k=1 / llc.mean, low=1 / high, high=1 / low if low > 0 else math.inf, assumption=LINE, refusal="")
+def from_lines(line: LineTarget, llc: LLCSettings) -> list[Degree]:
+    """From the learning coefficient along each line, at the n_beta and gamma of chains."""
+    if llc.gamma == 0.0:
+        return [refused(LINE, "gamma is 0, so that nothing holds the line")] * len(line.length)
+    x = np.tile(line_points(llc.gamma), (len(line.length), 1))
+    losses = to_numpy(line.profile(torch.from_numpy(x)))
+    return [
+        degree_from_line(at, own, llc.n_beta, llc.gamma, scale=llc.scale) for at, own in zip(x, losses, strict=True)
+    ]
 
 
 def relaxation_of(fact: Mapping[str, Any]) -> Relaxation:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import stdtrit
 
 from probes.inference import gls
+from probes.llc import NEARBY, TOLERANCE
 from probes.relaxation import Relaxation
 from probes.windows import Array
 from probes.words import counted
@@ -21,6 +23,10 @@ BENT, BENT_ERRORS = 0.2, 6.0  # degrees of the two halves that differ by more (s
 ENDS = np.geomspace(1e-12, 10.0, 300)  # (least loss - end) in units of the loss's range
 BLOCKS_PER_DECADE = 4.0  # of the drift
 TINY = 1e-9  # standard error of a point that is believed at most
+FLOOR = 2.0  # standard errors over examples that a difference of losses must exceed
+BLOCKS = 16  # of examples, left out one at a time
+POINTS, REACH, CROWDING = 64, 6.0, 6.0  # of a quadrature: a side; standard deviations; how dense about 0
+ALIVE = 8.0  # points that a density must cover
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +51,8 @@ class Drift:
 
 LOSS_GAP = "the loss falls by gradient flow in u|x|^k, time being cumulative learning rate"
 GRADIENT = "loss and gradient follow one direction of a potential u|x|^k; no dynamics"
-PROFILE = "the loss along this line is u|x|^k up to the largest |x|; no dynamics"
+PROFILE = "the loss along this line, mean of both sides, is u|x|^k up to the largest |x|; no dynamics"
+LINE = "one-dimensional learning coefficient along the line at n_beta, gamma; equals 1/k only as n_beta grows"
 SCORE = "gradient flow in u|x|^k, and a score linear in x"
 
 
@@ -178,14 +185,15 @@ def _profiled_slope(x: Array, y: Array, confidence: float) -> tuple[int, tuple[f
     return best, (float(slope[best]), float((slope - slack)[inside].min()), float((slope + slack)[inside].max()))
 
 
+def _white(values: Array, rho: float) -> Array:
+    """AR(1) noise along the last axis made white."""
+    first = np.sqrt(1.0 - rho**2) * values[..., :1]
+    return np.concatenate([first, values[..., 1:] - rho * values[..., :-1]], axis=-1)
+
+
 def _line_sums(x: Array, y: Array, rho: float) -> tuple[Array, Array, Array]:
     """Whitened residual sum of squares, squared length of the centred regressor, slope, for each of `x [E, T]`."""
-
-    def white(values: Array) -> Array:
-        first = np.sqrt(1.0 - rho**2) * values[..., :1]
-        return np.concatenate([first, values[..., 1:] - rho * values[..., :-1]], axis=-1)
-
-    one, regressor, response = white(np.ones_like(y)), white(x), white(y)
+    one, regressor, response = _white(np.ones_like(y), rho), _white(x, rho), _white(y, rho)
     one = one / np.sqrt(one @ one)
     regressor, response = regressor - (regressor @ one)[:, None] * one, response - (response @ one) * one
     size = np.square(regressor).sum(axis=1)
@@ -193,43 +201,151 @@ def _line_sums(x: Array, y: Array, rho: float) -> tuple[Array, Array, Array]:
     return np.square(response - slope[:, None] * regressor).sum(axis=1), size, slope
 
 
-def degree_from_profile(x: ArrayLike, loss: ArrayLike, *, floor: ArrayLike = 0.0, confidence: float = 0.9) -> Degree:
-    """Slope of log (L(x) - L(0)) against log |x| along a line in weight space, on fixed data.
+def degree_from_profile(x: ArrayLike, loss: ArrayLike, *, floor: float = 0.0, confidence: float = 0.9) -> Degree:
+    """Slope of log (L(x) - L(0)) against log |x| along a line in weight space, L being the mean over fixed data.
 
-    `x [P]` holds 0 (the end point) once, `loss [P]` the loss there; both signs of x are allowed, each with its own
-    amplitude. Points with L(x) - L(0) <= `floor` (one number or `[P]`: rounding, or twice the standard error of the
-    difference) are left out. Deviations are AR(1) along the line.
-    Refused for values that are not finite, for under 8 points or under a decade of |x| above the floor, where some L(x)
-    is below L(0) - floor, and for a bent line: then no single degree holds over these |x|.
+    `x [P]` holds 0 (the end point) once, and other points on one side of it, or on both as each other's mirror images:
+    then L is the mean of both sides, in which what is odd (a slope at the point) has no part. `loss [P]`, or `[n, P]`
+    of n examples. Points with L(x) - L(0) <= `floor` (rounding), plus 2 standard errors over examples, are left out.
+    The interval has two parts: deviations from the line, AR(1) along it, and the scatter of examples (delta method).
+    Refused for values that are not finite, for under 8 points or under a decade of |x| above the floor, where L is
+    lower on a side than L(0) by more than the floor, and for a bent line: then no single degree holds over these |x|.
+
+    Raises ValueError for shapes that do not match, one example, points that are no mirror images, and a floor below 0.
     """
-    places, losses = _pair("x", x, "loss", loss, confidence)
-    if not np.isfinite(places).all() or (places == 0.0).sum() != 1:
-        raise ValueError(f"x holds 0 {int((places == 0.0).sum())} times; allowed: finite numbers, 0 once")
-    floors = np.asarray(floor, dtype=np.float64)
-    if floors.shape not in {(), places.shape}:
-        raise ValueError(f"floor has shape {floors.shape}; allowed: a number, or {places.shape}, as x has")
-    if not (floors >= 0.0).all():
-        raise ValueError(f"floor is {floors.min():g}; allowed: 0 or more")
+    places, losses = _line(x, loss, confidence)
+    if not floor >= 0.0:
+        raise ValueError(f"floor is {floor:g}; allowed: 0 or more")
     if not np.isfinite(losses).all():
         return refused(PROFILE, "loss is not finite")
-    gap = losses - losses[places == 0.0]
-    if (gap < -floors).any():
+    gaps = losses - losses[:, places == 0.0]
+    if (gaps.mean(axis=0) < -_floor(gaps, floor)).any():
         return refused(PROFILE, "the loss is not least at x = 0")
-    keep = (gap > floors) & (places != 0.0)
-    order = np.lexsort((np.abs(places[keep]), places[keep] > 0.0))
-    places, gap = places[keep][order], gap[keep][order]
-    if places.size < MIN_POINTS:
-        return refused(PROFILE, f"{counted(places.size, 'point')} above the floor, under {MIN_POINTS}")
-    distance, rise = np.log(np.abs(places)), np.log(gap)
-    for sign in np.unique(np.sign(places)):
-        reason = _weakness(distance[np.sign(places) == sign], rise[np.sign(places) == sign], "|x|", lambda k: k)
-        if reason:
-            return refused(PROFILE, reason)
-    sides = [np.where(np.sign(places) == sign, 1.0, 0.0) for sign in np.unique(np.sign(places))]
-    columns = np.stack([*sides, distance, rise])[None]
-    _, (k, *_), (error, *_), (reach, *_) = gls(columns, np.array([float(rise.size)]), confidence, np.array([TINY]))
-    half = float(reach * error)
+    above, below = places > 0.0, places < 0.0
+    if above.any() and below.any():
+        side, gaps = places[above], 0.5 * (gaps[:, above] + gaps[:, below][:, ::-1])
+    else:
+        side, gaps = np.abs(places[above | below]), gaps[:, above | below]
+    keep = gaps.mean(axis=0) > _floor(gaps, floor)
+    if keep.sum() < MIN_POINTS:
+        return refused(PROFILE, f"{counted(int(keep.sum()), 'point')} above the floor, under {MIN_POINTS}")
+    gaps, distance = gaps[:, keep], np.log(side[keep])
+    rise = np.log(gaps.mean(axis=0))
+    reason = _weakness(distance, rise, "|x|", lambda k: k)
+    if reason:
+        return refused(PROFILE, reason)
+    columns = np.stack([np.ones_like(rise), distance, rise])[None]
+    (rho, *_), (k, *_), (error, *_), (reach, *_) = gls(
+        columns, np.array([float(rise.size)]), confidence, np.array([TINY])
+    )
+    half = float(np.hypot(reach * error, _scatter(gaps, distance, float(rho), confidence)))
     return Degree(k=float(k), low=float(k) - half, high=float(k) + half, assumption=PROFILE, refusal="")
+
+
+def _floor(gaps: Array, floor: float) -> Array:
+    """`[P]`: what the mean of `gaps [n, P]` must exceed."""
+    error = gaps.std(axis=0, ddof=1) / np.sqrt(len(gaps)) if len(gaps) > 1 else np.zeros(gaps.shape[1])
+    return np.asarray(floor + FLOOR * error)
+
+
+def _scatter(gaps: Array, distance: Array, rho: float, confidence: float) -> float:
+    """Half the interval of the slope for the scatter of examples: it is linear in the logarithm of the mean gap."""
+    if len(gaps) == 1:
+        return 0.0
+    white = _white(np.eye(distance.size), rho).T
+    weights = (np.linalg.pinv(white @ np.stack([np.ones_like(distance), distance], axis=1)) @ white)[1]
+    own = gaps / gaps.mean(axis=0) @ weights
+    return float(stdtrit(len(own) - 1, 0.5 * (1.0 + confidence)) * own.std(ddof=1) / np.sqrt(len(own)))
+
+
+def line_points(gamma: float) -> Array:
+    """Points of a line `[2 x 64 + 1]`, densest about 0, for `degree_from_line` at gamma > 0, a third and three times
+    it: to 6 standard deviations of exp(-gamma/3 x^2/2)."""
+    weakest = gamma * min(b for _, b in NEARBY.values())
+    side = REACH / np.sqrt(weakest) * np.sinh(CROWDING * np.arange(1, POINTS + 1) / POINTS) / np.sinh(CROWDING)
+    return np.concatenate([-side[::-1], [0.0], side])
+
+
+def degree_from_line(
+    x: ArrayLike, loss: ArrayLike, n_beta: float, gamma: float, *, scale: float = 1.0, confidence: float = 0.9
+) -> Degree:
+    """k = 1 / llc of the learning coefficient along one line,
+
+        llc = n_beta (E[L(x)] - L(0)),   x ~ exp(-n_beta L(x) - gamma/2 x^2),
+
+    by quadrature over `x [P]`, the points of `line_points(gamma)`: nothing is sampled, so that only the examples
+    scatter. `loss [P]`, or `[n, P]` of n examples; L is `scale` times their mean. The interval is a jackknife's over 16
+    blocks of examples; the numbers are exact for one.
+
+    Refused where a loss is not finite, the density covers under 8 points, the coefficient is not above 0, what is odd in L (a slope at the
+    point) changes it by more than 20%, the same at n_beta and gamma x 1/3 and x 3 differs by more than 20%, or its
+    interval lies above 1/2, which no k has. ValueError for n_beta or gamma that are not above 0, and for other points.
+    """
+    if not (0.0 < n_beta < np.inf and 0.0 < gamma < np.inf):
+        raise ValueError(f"n_beta, gamma are {n_beta:g}, {gamma:g}; allowed: finite numbers above 0")
+    places, losses = _line(x, loss, confidence)
+    if places.size != 2 * POINTS + 1 or not np.allclose(places, line_points(gamma), rtol=1e-6):
+        raise ValueError(f"x is {places.size} points; allowed: those of line_points({gamma:g})")
+    if not np.isfinite(losses).all():
+        return refused(LINE, "loss is not finite")
+    blocks = min(len(losses), BLOCKS)
+    block = np.arange(len(losses)) * blocks // len(losses)
+    left_out = [losses[block != index].mean(axis=0) for index in range(blocks)] if blocks > 1 else []
+    mean = losses.mean(axis=0)
+    curves = scale * np.stack([mean, 0.5 * (mean + mean[::-1]), *left_out])
+    if (_weights(places, curves[:1], n_beta * max(a for a, _ in NEARBY.values()), gamma)[0] > 0.01).sum() < ALIVE:
+        return refused(LINE, "the density is narrower than the points about 0")
+    value, even, *others = _coefficients(places, curves, n_beta, gamma)
+    if not value > 0.0:
+        return refused(LINE, f"coefficient {value:.3g} is not above 0")
+    if not abs(value - even) <= TOLERANCE * value:
+        return refused(LINE, f"the slope at the point changes the coefficient by {value / even - 1.0:+.0%}")
+    near = {name: _coefficients(places, curves[:1], a * n_beta, b * gamma)[0] for name, (a, b) in NEARBY.items()}
+    moved = [
+        f"{at / value - 1.0:+.0%} at {name}" for name, at in near.items() if not abs(at / value - 1.0) <= TOLERANCE
+    ]
+    if moved:
+        return refused(LINE, f"depends on the settings: {', '.join(moved)}")
+    half = 0.0
+    if others:
+        error = np.sqrt((blocks - 1) / blocks * np.square(np.array(others) - np.mean(others)).sum())
+        half = float(stdtrit(blocks - 1, 0.5 * (1.0 + confidence)) * error)
+    low, high = value - half, value + half
+    if low > 0.5 * (1.0 + 1e-6):
+        return refused(LINE, f"coefficient {value:.3g} (from {low:.3g}) is above 1/2")
+    return Degree(
+        k=float(1 / value), low=float(1 / high), high=float(1 / low) if low > 0 else np.inf, assumption=LINE, refusal=""
+    )
+
+
+def _coefficients(x: Array, losses: Array, n_beta: float, gamma: float) -> Array:
+    """Of each of the curves `losses [C, P]`. Trapezia in the variable in which points are evenly spaced."""
+    gap = losses - losses[:, x == 0.0]
+    weight = _weights(x, losses, n_beta, gamma) * np.gradient(x)
+    return np.asarray(n_beta * (weight * gap).sum(axis=1) / weight.sum(axis=1))
+
+
+def _weights(x: Array, losses: Array, n_beta: float, gamma: float) -> Array:
+    """Density at the points `[C, P]`, 1 where it is greatest."""
+    exponent = -n_beta * losses - 0.5 * gamma * x**2
+    return np.asarray(np.exp(exponent - exponent.max(axis=1, keepdims=True)))
+
+
+def _line(x: ArrayLike, loss: ArrayLike, confidence: float) -> tuple[Array, Array]:
+    """Points `[P]` in order, 0 once, one side or mirror images; losses `[n, P]`, n = 1 of a mean. ValueError if not."""
+    places, losses = np.asarray(x, dtype=np.float64), np.asarray(loss, dtype=np.float64)
+    if losses.ndim == 2 and len(losses) < 2:
+        raise ValueError(f"loss has shape {losses.shape}; allowed: [P], or [n, P] of two examples or more")
+    losses = np.atleast_2d(losses)
+    _pair("x", places, "loss", losses[0], confidence)
+    if not np.isfinite(places).all() or (places == 0.0).sum() != 1:
+        raise ValueError(f"x holds 0 {int((places == 0.0).sum())} times; allowed: finite numbers, 0 once")
+    order = np.argsort(places)
+    places, losses = places[order], losses[:, order]
+    both = places[0] < 0.0 < places[-1]
+    if both and not (places.size % 2 and np.allclose(places, -places[::-1], rtol=1e-9, atol=0.0)):
+        raise ValueError("x has two sides that differ; allowed: one side, or each other's mirror images")
+    return places, losses
 
 
 def _weakness(x: Array, y: Array, name: str, degree: Callable[[float], float]) -> str:

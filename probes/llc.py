@@ -32,7 +32,7 @@ Loss = Callable[[Weights, Any], Tensor]
 
 TOLERANCE = 0.2
 """Of an estimate: by how much its halves, and its values at other n_beta and gamma, may differ from it; by how much
-minibatches may heat it, and a gradient at the point lower it."""
+minibatches may heat it, and a gradient at the point lower it; and the standard errors with which these are known."""
 
 SURE = 3.0
 """Standard errors over chains that a drift, or a spread that misses 1, must exceed to count as a fault."""
@@ -40,7 +40,11 @@ SURE = 3.0
 LEAST_ACCEPTANCE = 0.9
 """Of a Metropolis step: less, and the steps distort the density."""
 
+NEARBY = {"n_beta / 3": (1 / 3, 1.0), "n_beta x 3": (3.0, 1.0), "gamma / 3": (1.0, 1 / 3), "gamma x 3": (1.0, 3.0)}
+"""Other settings at which an estimate is looked at: factors of n_beta and gamma."""
+
 DEPENDS = "depends on the settings: "
+UNSURE = "cannot tell how it depends on the settings: "
 NAN = float("nan")
 
 
@@ -65,7 +69,7 @@ class LLCSettings:
     sigma: float | None = None
     """The loss is a squared error, L = loss / (2 sigma^2); None: it is a negative log-likelihood already."""
     sensitivity: bool = True
-    """Whether to estimate at n_beta and gamma x 1/3 and x 3 too, by half the chains: four times the work."""
+    """Whether to estimate at n_beta and gamma x 1/3 and x 3 too, by half the chains: five times the work."""
     check_every: int = 10
     """Draws between looks at the acceptance, each at the cost of a draw; 0 for none."""
     seed: int = 0
@@ -93,17 +97,18 @@ class LLCSettings:
 
     def variants(self) -> dict[str, LLCSettings]:
         """At n_beta and gamma x 1/3 and x 3, by half the chains; steps shrink where these grow, so that stiff
-        directions bear them. Soft ones relax at a rate of eps gamma / 2 a draw: where that falls, the burn-in grows."""
+        directions bear them. Soft ones relax at a rate of eps gamma / 2 a draw: there chains are longer."""
 
         def changed(a: float, b: float) -> LLCSettings:
-            slower = max(a, b, 1.0)
+            smaller = max(a, b, 1.0)
+            longer = smaller / b
             return replace(
-                self, n_beta=self.n_beta * a, gamma=self.gamma * b, step_size=self.step_size / slower,
-                burn_in=math.ceil(self.burn_in * slower / b), chains=max(1, self.chains // 2),
+                self, n_beta=self.n_beta * a, gamma=self.gamma * b, step_size=self.step_size / smaller,
+                burn_in=math.ceil(self.burn_in * longer), draws=math.ceil(self.draws * longer),
+                chains=max(1, self.chains // 2),
             )  # fmt: skip
 
-        factors = {"n_beta / 3": (1 / 3, 1), "n_beta x 3": (3, 1), "gamma / 3": (1, 1 / 3), "gamma x 3": (1, 3)}
-        return {name: changed(*pair) for name, pair in factors.items()}
+        return {name: changed(*pair) for name, pair in NEARBY.items()}
 
     @property
     def scale(self) -> float:
@@ -136,9 +141,11 @@ class LLC:
     n_beta: float
     gamma: float
     sigma: float | None
-    sensitivity: Mapping[str, float] = field(
-        default_factory=dict
-    )  # "n_beta / 3", "n_beta x 3", "gamma / 3", "gamma x 3"
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    """The value at `n_beta / 3`, `n_beta x 3`, `gamma / 3` and `gamma x 3`."""
+    sensitivity_error: Mapping[str, float] = field(default_factory=dict)
+    """Standard error of the difference of each from the mean, as a share of the mean: by the relative scatter of chains
+    about their mean, taken to be the same at all settings. inf where no two chains are left at any."""
 
     @property
     def reason(self) -> str:
@@ -150,13 +157,14 @@ class LLC:
         """Nothing shows that it is not what its definition says at its n_beta and gamma, about a point with hardly any
         slope: no chain diverged, steps would be accepted at 90%, no drift of the trace by 20% and no such gap between
         chains' spread and that of their density is sure (3 standard errors over chains), and neither minibatches nor
-        the gradient at the point change the mean, which is above 0, by more than 20%. Of one chain no scatter is known,
-        so it is not sound."""
+        the gradient at the point change the mean, which is above 0, by more than 20%. What is known of mean, drift or
+        spread by no better than a standard error of 20% is too noisy to tell, and not sound."""
         return not any(self._faults())
 
     @property
     def converged(self) -> bool:
-        """It is sound, and its values at n_beta and gamma x 1/3 and x 3 lie within 20% of the mean too."""
+        """It is sound, and its values at n_beta and gamma x 1/3 and x 3 lie within 20% of the mean too, known to a
+        standard error of 20% or less."""
         return not self.reason
 
     def _faults(self) -> Iterator[str]:
@@ -170,28 +178,47 @@ class LLC:
             yield "no look at the acceptance"
         elif self.acceptance < LEAST_ACCEPTANCE:
             yield f"acceptance {self.acceptance:.2f}, under {LEAST_ACCEPTANCE:g}"
-        if len(self.per_chain) - self.diverged < 2:
-            yield "a single chain says nothing of its own scatter"
+        yield from self._noise()
         drift, error = _drift(self.trace)
         if self.mean > 0.0 and _misses(drift, error):
             yield f"the trace drifts by {drift:+.0%} from its first half to its second"
         if _misses(self.spread - 1.0, self.spread_error):
             yield f"chains have {self.spread:.2f} of the spread of their density"
-        if self.heating > TOLERANCE:
+        if math.isnan(self.heating) and not math.isnan(self.acceptance):
+            yield "fewer than two looks at how minibatches heat"
+        elif self.heating > TOLERANCE:
             yield f"minibatches heat by {self.heating:.0%}"
         if self.gradient > TOLERANCE * abs(self.mean):
             size = f"about {self.gradient / abs(self.mean):.0%}" if self.gamma else "an amount that nothing bounds"
             yield f"the gradient at the point lowers it by {size}"
+
+    def _noise(self) -> Iterator[str]:
+        if len(self.per_chain) - self.diverged < 2:
+            yield "a single chain says nothing of its own scatter"
+            return
+        _, drift = _drift(self.trace)
+        errors = {"mean": _error(self.per_chain) / abs(self.mean), "drift": drift, "spread": self.spread_error}
+        noisy = [f"{name} {size:.0%}" for name, size in errors.items() if not size <= TOLERANCE]
+        if noisy:
+            yield f"too noisy to tell, by standard errors over chains: {', '.join(noisy)}"
 
     def _dependence(self) -> Iterator[str]:
         if not self.mean > 0.0:
             return
         if not self.sensitivity:
             yield "no look at other n_beta and gamma"
-        far = {name: value / self.mean - 1.0 for name, value in self.sensitivity.items()}
-        moved = [f"{gap:+.0%} at {name}" for name, gap in far.items() if not abs(gap) <= TOLERANCE]
+        moved, unsure = [], []
+        for name, value in self.sensitivity.items():
+            gap, error = value / self.mean - 1.0, self.sensitivity_error[name]
+            surely = not abs(gap) <= TOLERANCE + SURE * error
+            if surely or (error <= TOLERANCE and not abs(gap) <= TOLERANCE):
+                moved.append(f"{gap:+.0%} at {name}")
+            elif not error <= TOLERANCE:
+                unsure.append(f"{gap:+.0%} at {name}, error {error:.0%}")
         if moved:
             yield DEPENDS + ", ".join(moved)
+        if unsure:
+            yield UNSURE + ", ".join(unsure)
 
 
 def estimate_llc(
@@ -231,20 +258,21 @@ def estimate_llcs(
 
     At most `at_once` chains run together (those of one point always do): as many as fit a cache on a CPU, all that fit
     the memory of a GPU. No number depends on it, nor on the other points. Values at other n_beta and gamma come from
-    half the chains; those that relax up to three times more slowly have three times the burn-in.
+    half the chains; those that relax three times more slowly are three times as long.
     """
     others = settings.variants() if settings.sensitivity else {}
     slopes = _square(target.gradient(), where) * settings.scale**2
-    values: dict[str, list[float]] = {}
-    for burn_in in sorted({each.burn_in for each in others.values()}):  # chains of one stack are of one length
-        own = {name: each for name, each in others.items() if each.burn_in == burn_in}
+    values: dict[str, list[Array]] = {}
+    for schedule in dict.fromkeys(each.schedule for each in others.values()):  # chains of one stack are of one length
+        own = {name: each for name, each in others.items() if each.schedule == schedule}
         for chains in _by_point(target, seeds, list(own.values()), at_once, where):
-            for name, row in zip(own, chains.trace.mean(axis=(1, 2)), strict=True):  # nan if one was lost
-                values.setdefault(name, []).append(float(row))
+            for name, by_chain in zip(own, chains.trace.mean(axis=2), strict=True):
+                values.setdefault(name, []).append(by_chain)
     found = []
     for index, chains in enumerate(_by_point(target, seeds, [settings], at_once, where)):
         trace = chains.trace[0]
         pull = settings.n_beta**2 * slopes[index]
+        nearby = {name: values[name][index] for name in others}
         found.append(
             LLC(
                 mean=_mean(trace.mean(axis=1)), sd=_sd(trace.mean(axis=1)), per_chain=trace.mean(axis=1), trace=trace,
@@ -252,7 +280,8 @@ def estimate_llcs(
                 spread=_mean(chains.spread[0]), spread_error=_error(chains.spread[0]), heating=_mean(chains.heating[0]),
                 gradient=pull / settings.gamma if settings.gamma else math.inf if pull else 0.0, n=n,
                 n_beta=settings.n_beta, gamma=settings.gamma, sigma=settings.sigma,
-                sensitivity={name: values[name][index] for name in others},
+                sensitivity={name: float(by_chain.mean()) for name, by_chain in nearby.items()},  # nan if one was lost
+                sensitivity_error=_gap_errors(trace.mean(axis=1), nearby),
             )
         )  # fmt: skip
     return found
@@ -470,6 +499,25 @@ def _error(values: Array) -> float:
     """Standard error of the mean over what is finite; inf of fewer than two."""
     known = values[np.isfinite(values)]
     return float(known.std(ddof=1) / math.sqrt(known.size)) if known.size > 1 else math.inf
+
+
+def _gap_errors(main: Array, nearby: Mapping[str, Array]) -> dict[str, float]:
+    """Standard error of (mean of each of nearby - mean of main) / mean of main, values being by chain; the relative
+    scatter of chains is pooled. Chains of one number share their random numbers: if anything, this is too large."""
+    kept = {name: by_chain[np.isfinite(by_chain)] for name, by_chain in {"": main, **nearby}.items()}
+    degrees = sum(max(by_chain.size - 1, 0) for by_chain in kept.values())
+    level = _mean(main)
+    if degrees == 0 or not level or not kept[""].size:
+        return dict.fromkeys(nearby, math.inf)
+    squares = sum(np.square(own / own.mean() - 1.0).sum() for own in kept.values() if own.size > 1)
+    scatter = math.sqrt(squares / degrees)
+
+    def error(own: Array) -> float:
+        if not own.size:
+            return math.inf
+        return scatter * math.hypot(own.mean() / level / math.sqrt(own.size), 1.0 / math.sqrt(kept[""].size))
+
+    return {name: error(kept[name]) for name in nearby}
 
 
 def _mean(values: Array) -> float:

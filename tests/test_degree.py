@@ -8,14 +8,24 @@ import pytest
 from scipy.stats import binom, linregress
 
 import tests.planted_relaxation_coverage as measured
-from probes.degree import Degree, degree_from_gradient, degree_from_loss, degree_from_profile, degree_from_score, drift
+from probes.degree import (
+    Degree,
+    degree_from_gradient,
+    degree_from_line,
+    degree_from_loss,
+    degree_from_profile,
+    degree_from_score,
+    drift,
+    line_points,
+)
 from probes.llc import LLCSettings, estimate_llcs
 from probes.relaxation import fit_relaxation
 from tests.planted_losses import at_origin, expected, power
 from tests.planted_relaxation import Flow, probe_times
 
 TIME = probe_times(10.0, 1e5)
-LINE = np.r_[0.0, np.geomspace(0.01, 1.0, 20), -np.geomspace(0.02, 0.5, 15)]
+SIDE = np.geomspace(0.01, 1.0, 20)
+LINE = np.r_[0.0, SIDE, -SIDE]
 DEGREES = [3.0, 4.0, 6.0, 8.0]
 
 
@@ -188,7 +198,9 @@ def test_a_loss_of_one_value_is_refused_without_a_warning(loss, end, reason):
 def test_points_under_the_floor_are_left_out():
     loss = 0.3 + np.abs(LINE) ** 4 + np.where(np.abs(LINE) < 0.05, 1e-7 * (LINE != 0.0), 0.0)
     assert "no single degree" in degree_from_profile(LINE, loss).refusal
-    assert holds(degree_from_profile(np.r_[LINE, -1.0, 2.0], np.r_[loss, 1.3, 16.3], floor=1e-5), 4.0, 2e-3)
+    assert holds(degree_from_profile(LINE, loss, floor=1e-5), 4.0, 2e-3)
+    assert holds(degree_from_profile(LINE[:21], loss[:21], floor=1e-5), 4.0, 2e-3)
+    assert holds(degree_from_profile(LINE[np.r_[0, 21:41]], loss[np.r_[0, 21:41]], floor=1e-5), 4.0, 2e-3)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +211,16 @@ def test_points_under_the_floor_are_left_out():
         (lambda: degree_from_gradient([1.0], [1.0], confidence=0.0), r"confidence is 0.0; allowed"),
         (lambda: degree_from_profile([1.0], [1.0]), r"x holds 0 0 times; allowed: finite numbers, 0 once"),
         (lambda: degree_from_profile([0.0], [1.0], floor=-1.0), r"floor is -1; allowed: 0 or more"),
+        (
+            lambda: degree_from_profile([0.0, 1.0], [[1.0, 2.0]]),
+            r"loss has shape \(1, 2\); allowed: \[P\], or \[n, P\]",
+        ),
+        (lambda: degree_from_profile([-2.0, 0.0, 1.0], [1.0, 0.0, 1.0]), r"x has two sides that differ; allowed: one"),
+        (
+            lambda: degree_from_line([-1.0, 0.0, 1.0], [1.0, 0.0, 1.0], 1.0, 1.0),
+            r"x is 3 points; allowed: those of line",
+        ),
+        (lambda: degree_from_line(line_points(1.0), line_points(1.0), 1.0, 0.0), r"n_beta, gamma are 1, 0; allowed"),
         (lambda: drift([1.0, 2.0], [1.0], fit_relaxation(TIME, TIME)), r"value has shape \(1,\); allowed: \[2\]"),
     ],
 )
@@ -319,3 +341,83 @@ def test_the_coefficient_along_the_line_tends_to_one_over_k(k):
     truth = expected(power(k), 1, 10.0**k, 1000.0)
     assert truth < 0.2 / k
     assert held.mean == pytest.approx(truth, abs=max(0.03 * truth, 3.0 * held.sd / 1536**0.5))
+
+
+# Along a line, from the losses of examples
+
+
+def examples(k, n, slope=0.0, curvature=0.0, seed=0, x=LINE):
+    """`[n, P]`: |x|^k of different size by example, with slopes and curvatures that are 0 in the mean."""
+    size, tilt, bend = np.random.default_rng(seed).standard_normal((3, n, 1))
+    return 0.3 + (1.0 + 0.2 * size) * np.abs(x) ** k + slope * tilt * x + curvature * bend * x**2
+
+
+@pytest.mark.parametrize("k", [3.0, 4.0, 6.0])
+def test_slopes_that_are_noise_do_not_bend_a_profile(k):
+    """Examples have slopes of their own; their mean is under 2 standard errors of 0, and odd, so it takes no part."""
+    losses = examples(k, 64, slope=0.01)
+    plain = linregress(np.log(SIDE), np.log(np.abs(losses.mean(axis=0)[1:21] - losses.mean(axis=0)[0]))).slope
+    assert abs(plain - k) > 0.1
+    assert holds(degree_from_profile(LINE, losses, floor=1e-12), k)
+    tilted = degree_from_profile(LINE, losses + 0.01 * LINE)
+    assert tilted.refusal == "the loss is not least at x = 0"
+
+
+def test_intervals_of_the_profile_cover_the_scatter_of_examples_too():
+    """Those of the mean loss alone do not: a curvature that is noise bends the whole line one way."""
+    found = []
+    for seed in range(200):
+        losses = examples(4.0, 40, 0.001, 0.003, seed)
+        own = degree_from_profile(LINE, losses)
+        gaps = 0.5 * (losses[:, 1:21] + losses[:, 21:]) - losses[:, :1]
+        mean, error = gaps.mean(axis=0), gaps.std(axis=0) / 40**0.5
+        seen = mean > 2.0 * error
+        alone = degree_from_profile(np.r_[0.0, SIDE[seen]], np.r_[0.0, mean[seen]])
+        if not (own.refusal or alone.refusal):
+            found.append([degree.low <= 4.0 <= degree.high for degree in (own, alone)])
+    assert len(found) > 120
+    covered, alone = np.sum(found, axis=0)
+    low, _ = binom.interval(0.99, len(found), 0.9)
+    assert alone < low <= covered
+
+
+@pytest.mark.parametrize("k", [2.0, 3.0, 4.0, 6.0])
+def test_the_coefficient_along_a_line_by_quadrature(k):
+    """u |x|^k at u n_beta = 10^k: of the exact expectation at finite gamma, hence 1/k as gamma falls."""
+    x = line_points(0.3)
+    found = degree_from_line(x, 0.3 + 0.01 * np.abs(x) ** k, 100.0 * 10.0**k, 0.3)
+    assert holds(found, k, 0.01)
+    assert 1.0 / found.k == pytest.approx(expected(power(k), 1, 10.0**k, 0.3), rel=1e-4)
+    assert found.high - found.low < 1e-9
+    scaled = degree_from_line(x, 0.3 + 0.02 * np.abs(x) ** k, 100.0 * 10.0**k, 0.3, scale=0.5)
+    assert scaled.k == pytest.approx(found.k, rel=1e-6)
+
+
+def test_a_coefficient_along_a_line_is_refused_where_it_is_no_degree():
+    x = line_points(100.0)
+    curved = 0.5 * 1000.0 * x**2
+    assert degree_from_line(x, curved, 100.0, 100.0).k == pytest.approx(2.0, rel=1e-2)
+    cases = {
+        "depends on the settings: -": degree_from_line(x, curved / 1000.0, 100.0, 100.0),
+        "the slope at the point changes the coefficient by -": degree_from_line(x, curved + 2.0 * x, 100.0, 100.0),
+        "is not above 0": degree_from_line(x, 0.2 * x, 100.0, 100.0),
+        "loss is not finite": degree_from_line(x, np.where(x > 0.1, np.inf, curved), 100.0, 100.0),
+        "is above 1/2": degree_from_line(x, np.abs(x), 300.0, 100.0),
+        "narrower than the points": degree_from_line(x, np.abs(x), 1e5, 100.0),
+    }
+    for reason, degree in cases.items():
+        assert reason in degree.refusal
+        assert np.isnan([degree.k, degree.low, degree.high]).all()
+
+
+def test_intervals_of_the_coefficient_along_a_line_cover_the_scatter_of_examples():
+    """Curvatures that scatter: the coefficient of their mean is n_beta h / (n_beta h + gamma) / 2."""
+    x, n, hits = line_points(100.0), 48, 0
+    rng = np.random.default_rng(3)
+    truth = 2.0 * (100.0 * 20.0 + 100.0) / (100.0 * 20.0)
+    for _ in range(200):
+        curvature = 20.0 + 20.0 * rng.standard_normal((n, 1))
+        degree = degree_from_line(x, 0.5 * curvature * x**2, 100.0, 100.0)
+        hits += degree.low <= truth <= degree.high
+    low, high = binom.interval(0.99, 200, 0.9)
+    assert low <= hits <= high

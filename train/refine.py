@@ -13,7 +13,6 @@ K keys of a query, H heads, D width, d size of a head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -458,23 +457,20 @@ class LineTarget:
         return {"t": along[:, None]}
 
     @torch.no_grad()
-    def profile(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Over all n examples at w = centre + t direction, `t [T]`: the mean loss `[P, T]`, and the standard error of
-        its difference from that at t = 0, `[P, T]`: example by example, so that what they share does not count."""
-        P, T, n = len(self._length), len(t), self._target.examples
-        t, rows = t.to(self._length), torch.arange(n, device=self._length.device)
-        means, errors = [], []
+    def profile(self, t: Tensor) -> Tensor:
+        """Loss of each of all n examples at w = centre + t direction, `t [P, T]`: `[P, n, T]`."""
+        (P, T), n = t.shape, self._target.examples
+        t, rows = t.to(self._length).flatten(), torch.arange(n, device=self._length.device)
+        found = []
         for start in range(0, P * T, CHAINS_AT_ONCE):
             chain = torch.arange(start, min(start + CHAINS_AT_ONCE, P * T), device=rows.device)
-            placed, weights = self.at(chain // T), {"t": t[chain % T][:, None]}
+            placed, weights = self.at(chain // T), {"t": t[chain][:, None]}
             losses = [
                 placed.loss_of(weights, rows[first : first + EXAMPLES_AT_ONCE].expand(len(chain), -1))
                 for first in range(0, n, EXAMPLES_AT_ONCE)
             ]
-            own = torch.cat(losses, dim=1)
-            means.append(own.mean(-1))
-            errors.append((own - placed.base_of(rows)).std(-1) / math.sqrt(n))
-        return torch.cat(means).view(P, T), torch.cat(errors).view(P, T)
+            found.append(torch.cat(losses, dim=1))
+        return torch.cat(found).view(P, T, n).transpose(1, 2)
 
 
 class LinePlaced:
