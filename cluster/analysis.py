@@ -222,7 +222,8 @@ class Analysis:
     """The tables of a sweep. Members that failed or diverged are rows of `members` with a cause.
 
     detectors: lift by step of every member's best detector; laws: what holds across each series of members; llc,
-    degrees: learning coefficients and estimates of k, where they were measured (`cluster.geometry`).
+    degrees: learning coefficients and estimates of k, where they were measured (`cluster.geometry`); left_out: lines on
+    what was measured of these and no more counts.
     """
 
     heads: pd.DataFrame
@@ -232,6 +233,7 @@ class Analysis:
     laws: Sequence[Law] = ()
     llc: pd.DataFrame = field(default_factory=pd.DataFrame)
     degrees: pd.DataFrame = field(default_factory=pd.DataFrame)
+    left_out: Sequence[str] = ()
 
 
 def read_tables(client: MlflowClient, run_id: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -401,7 +403,7 @@ def load_analysis(client: MlflowClient, parent: str) -> Analysis:
     with tempfile.TemporaryDirectory() as folder:
         try:
             root = Path(client.download_artifacts(parent, "analysis", folder))
-            tables = {name: pd.read_parquet(root / f"{name}.parquet") for name in TABLES}
+            tables: dict[str, Any] = {name: pd.read_parquet(root / f"{name}.parquet") for name in TABLES}
             laws = json.loads((root / "sweep.json").read_text())["laws"]
         except Exception as error:
             hint = "run `headway analyze` first"

@@ -309,7 +309,7 @@ def load_member(client: MlflowClient, run_id: str) -> MemberData:
 
 def make_report(desk: Desk, sweep: Sweep, place: Place, analysis: Analysis) -> Path:
     """Write the report on disk and put it up as artifacts of the parent run."""
-    analysis = with_tables(desk.client, place.parent, analysis)
+    analysis = with_tables(desk.client, place.parent, sweep, analysis)
     folder = desk.out / sweep.id / "report"
     links = {"MLflow": comparison_hint(desk, place)}
     path = write_report(folder, sweep, analysis, lambda run_id: load_member(desk.client, run_id), links)

@@ -102,7 +102,7 @@ def require_own(folder: Path) -> None:
 def export_sweep(desk: Desk, parent: Run, sweep: Sweep, folder: Path) -> Exported:
     """Write an export under a temporary name, then rename it. ValueError if the sweep was not analysed yet."""
     client, place = desk.client, tracking.Place(uri=desk.uri, experiment=desk.experiment, parent=parent.info.run_id)
-    analysis = with_tables(client, place.parent, load_analysis(client, place.parent))
+    analysis = with_tables(client, place.parent, sweep, load_analysis(client, place.parent))
     runs = tracking.counted(tracking.children(client, place)).values()
     finished = [run for run in runs if run.info.status == "FINISHED"]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +119,7 @@ def export_sweep(desk: Desk, parent: Run, sweep: Sweep, folder: Path) -> Exporte
             lacking.append("report: there is none yet; `headway report` makes one")
         if analysis.llc.empty:
             lacking.append("llc.parquet, degrees.parquet: `headway probe llc` has measured none")
+        lacking += analysis.left_out
         fetch(client, place.parent, "analysis/sweep.json", Path(work)).rename(fresh / "laws.json")
         entries = describe(fresh, sweep)
         (fresh / "README.txt").write_text(readme(sweep, entries, lacking))

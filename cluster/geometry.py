@@ -18,11 +18,11 @@ from mlflow import MlflowClient
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.analysis import STAYED_NOT, Analysis, Rows
+from cluster.analysis import STAYED_NOT, Analysis, Rows, load_analysis
 from cluster.encoding import encode
 from cluster.intervals import mean_interval
 from cluster.pack import probe_batch, to_numpy
-from cluster.sweep import MemberConfig, digest
+from cluster.sweep import MemberConfig, Sweep, digest
 from probes.degree import (
     LINE,
     PROFILE,
@@ -37,6 +37,7 @@ from probes.degree import (
 )
 from probes.llc import LLC, LLCSettings, estimate_llcs
 from probes.relaxation import Relaxation, fit_relaxation
+from probes.words import counted
 from sim.checks import require, require_one_of
 from sim.generator import Generator, key_of
 from sim.pool import Pool
@@ -147,8 +148,7 @@ class Subject:
     @property
     def facts_id(self) -> str:
         """Of what is known of its heads: what was measured rests on it."""
-        facts = [{name: str(value) for name, value in row.items()} for row in self.heads]
-        return digest([facts, self.best_head])
+        return facts_id(self.heads, self.best_head)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -410,8 +410,30 @@ def cumulative_rate(steps: NDArray[np.float64], train: TrainConfig) -> NDArray[n
     return np.asarray(steps - rising + rising * (rising + 1) / (2 * max(train.warmup, 1)))
 
 
-def with_tables(client: MlflowClient, parent: str, analysis: Analysis) -> Analysis:
-    """The analysis with what was measured last, of those runs that still count; without, where nothing was."""
+def facts_id(heads: Rows, best_head: str) -> str:
+    """Of what an analysis says of a member's heads: degrees rest on it."""
+    facts = [{name: str(value) for name, value in row.items()} for row in heads]
+    return digest([facts, best_head])
+
+
+def head_facts(sweep: Sweep, analysis: Analysis) -> dict[str, tuple[Rows, str]]:
+    """Of each analysed run: its heads on the judged relation, and its best head, or nothing."""
+    heads = analysis.heads
+    judged = heads[heads["relation"] == sweep.system.relation] if len(heads) else heads
+    by_run = dict(list(judged.groupby("run_id"))) if len(judged) else {}
+    found = {}
+    for row in analysis.members.reindex(columns=["run_id", "best_head"]).to_dict("records"):
+        own = by_run[row["run_id"]].to_dict("records") if row["run_id"] in by_run else []
+        best = row["best_head"] if isinstance(row["best_head"], str) else ""
+        found[row["run_id"]] = ([{str(name): value for name, value in each.items()} for each in own], best)
+    return found
+
+
+def with_tables(client: MlflowClient, parent: str, sweep: Sweep, analysis: Analysis) -> Analysis:
+    """The analysis with what was measured last, of those runs that still count; without, where nothing was.
+
+    What other versions measured is left out, and so are degrees that rest on an older analysis, with a line on each.
+    """
     held = {item.path for item in client.list_artifacts(parent, "analysis")}
     if analysis.members.empty or not held.issuperset(f"analysis/{name}.parquet" for name in TABLES):
         return analysis
@@ -420,4 +442,16 @@ def with_tables(client: MlflowClient, parent: str, analysis: Analysis) -> Analys
         for name in TABLES:
             table = pd.read_parquet(client.download_artifacts(parent, f"analysis/{name}.parquet", folder))
             tables[name] = table[table["run_id"].isin(analysis.members["run_id"])].reset_index(drop=True)
-    return replace(analysis, llc=tables["llc"], degrees=tables["degrees"])
+    if all(table.empty for table in tables.values()):
+        return analysis
+    again = "`headway probe llc` measures them again"
+    if any(set(table.get("version", [0])) != {VERSION} for table in tables.values() if len(table)):
+        return replace(analysis, left_out=[f"Learning coefficients of another version are left out; {again}."])
+    degrees = tables["degrees"]
+    now = {run: facts_id(*facts) for run, facts in head_facts(sweep, load_analysis(client, parent)).items()}
+    stale = degrees["facts"] != degrees["run_id"].map(now)
+    lines = []
+    if stale.any():
+        members = counted(degrees.loc[stale, "run_id"].nunique(), "member")
+        lines.append(f"Estimates of k of {members} rest on an older analysis and are left out; {again}.")
+    return replace(analysis, llc=tables["llc"], degrees=degrees[~stale].reset_index(drop=True), left_out=lines)

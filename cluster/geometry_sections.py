@@ -30,7 +30,7 @@ REASONS = 3  # named, of why estimates are not sound
 THREE = ".3g"  # figures
 ROSE = ("emerged", "growing", "transient")
 HEAD = ["member_id", "layer", "head"]
-CHECKED = {"sound", "slope"}
+TITLE = "Degenerate geometry"
 Interval = tuple[float, float, float]
 
 
@@ -117,35 +117,43 @@ def phase_lines(phases: pd.DataFrame, level: pd.DataFrame | None = None) -> list
     if phases.empty:
         return ["No member has a head that emerged and was measured, so there is no before and after to compare."]
     means = {(each.width, each.group, each.phase): each for each in phase_means(phases)}
-    widths = sorted(phases["width"].unique())
-    lines, apart, risen, without = [], [], [], ([], [])  # type: ignore[var-annotated]
-    for width in widths:
+    lines, contrasts = [], phase_contrasts(phases)
+    for width, (difference, change) in contrasts.items():
         parts = []
         for phase in PHASES:
             both = [means.get((width, group, phase)) for group in GROUPS]
             told = [f"{group} {interval(each[3:6], THREE)}" for group, each in zip(GROUPS, both, strict=True) if each]
             parts += [f"{phase} emergence: {', '.join(told)}"] if told else []
-        difference = paired(phases, width, "group", *GROUPS, phase=PHASES[2])
-        change = paired(phases, width, "phase", PHASES[2], PHASES[0], group=GROUPS[0])
-        apart.append(difference)
-        risen.append(change)
-        if level is not None:
-            without[0].append(paired(level, width, "group", *GROUPS, phase=PHASES[2]))
-            without[1].append(paired(level, width, "phase", PHASES[2], PHASES[0], group=GROUPS[0]))
         members = phases.loc[phases["width"] == width, "member_id"].nunique()
         lines.append(
             f"Width {width:g}, {plural(members, 'member')}: {'; '.join(parts)}. Within members, emerged less never "
             f"after emergence: {interval(difference, THREE)}; emerged heads, after less before: "
             f"{interval(change, THREE)}."
         )
+    found = list(contrasts.values())
+    held = [] if level is None else list(phase_contrasts(level).values())
     return [
-        sentence(apart, without[0], "After emergence, heads that emerged have {} coefficients {} heads of the same "
+        sentence([each for each, _ in found], [each for each, _ in held],
+                 "After emergence, heads that emerged have {} coefficients {} heads of the same "
                  "member that never did",
                  "whether coefficients of heads that emerged differ from those of heads that never did"),
-        sentence(risen, without[1], "Coefficients of heads that emerge are {} after emergence {} before it",
+        sentence([each for _, each in found], [each for _, each in held],
+                 "Coefficients of heads that emerge are {} after emergence {} before it",
                  "whether coefficients of heads that emerge change from before to after"),
         *lines,
     ]  # fmt: skip
+
+
+def phase_contrasts(phases: pd.DataFrame) -> dict[float, tuple[Interval, Interval]]:
+    """By width, within members: heads that emerged less heads that never did, after emergence; and heads that emerged,
+    after less before it."""
+    return {
+        width: (
+            paired(phases, width, "group", *GROUPS, phase=PHASES[2]),
+            paired(phases, width, "phase", PHASES[2], PHASES[0], group=GROUPS[0]),
+        )
+        for width in sorted(phases["width"].unique())
+    }
 
 
 def sentence(found: Sequence[Interval], level: Sequence[Interval], claim: str, question: str) -> str:
@@ -270,10 +278,11 @@ class GeometrySection:
     def all(self) -> list[Section]:
         """The section, where anything was measured."""
         llc, degrees = self.analysis.llc, self.analysis.degrees
-        if llc.empty or degrees.empty or self.judged.empty or not set(llc) >= CHECKED:  # these were of older versions
-            return []
+        if llc.empty or self.judged.empty:
+            empty = Section(title=TITLE, text="Nothing that was measured counts.", lines=list(self.analysis.left_out))
+            return [empty] if empty.lines else []
         section = Section(
-            title="Degenerate geometry",
+            title=TITLE,
             text="Do heads emerge together with a change in the geometry of the loss? A head's refined learning "
             "coefficient, n_beta (E[L(w)] - L(w*)), is by how much the loss rises when that head's weights alone "
             "wander about the point where training was: the more degenerate the loss in them, the smaller it is. At "
@@ -287,7 +296,7 @@ class GeometrySection:
             level = by_phase(resting.assign(llc=resting["llc"] + resting["slope"]), self.judged)
             told = [convergence_line(own), left_out, *phase_lines(phases, level)]
             section.lines += [start + line for line in told if line]
-        section.lines += agreement_lines(degrees)
+        section.lines += [*self.analysis.left_out, *(agreement_lines(degrees) if len(degrees) else [])]
         first, _ = not_falling(llc[llc["tokens"] == llc["tokens"].min()])
         self._draw_heads(section, first)
         self._draw_phases(section, first)

@@ -26,7 +26,7 @@ from cluster.analysis import Analysis, load_analysis, member_keys
 from cluster.dispatch import make_pools, ray_cluster, settle_resources, slots
 from cluster.driver import Desk, make_report
 from cluster.encoding import decode
-from cluster.geometry import TABLES, Geometry, Kept, Request, Subject
+from cluster.geometry import TABLES, VERSION, Geometry, Kept, Request, Subject, head_facts
 from cluster.sweep import MemberConfig, Sweep
 from cluster.tracking import Place
 from cluster.trial import pool_name, to_parquet
@@ -84,11 +84,15 @@ def measure_geometry(
     tagged = {run.info.run_id: run.data.tags[tag] for run in counted.values() if tag in run.data.tags}
     todo = [each for each in subjects if tagged.get(each.run_id) != each.facts_id or desk.settings.redo]
     failed = measure_members(desk, place, request, todo, display) if todo else {}
-    have = (tagged.keys() | {each.run_id for each in todo}) - failed.keys()
-    keys = {run.info.run_id: member_keys(run, sweep) for run in counted.values() if run.info.run_id in have}
+    facts = {**tagged, **{each.run_id: each.facts_id for each in todo}}
+    keys = {
+        run: member_keys(each, sweep)
+        for each in counted.values()
+        if (run := each.info.run_id) in facts and run not in failed
+    }
     if keys:
         display.stage("gathering tables, writing the report")
-        save_tables(desk.client, place.parent, fetch_tables(desk.client, keys, request))
+        save_tables(desk.client, place.parent, fetch_tables(desk.client, keys, facts, request))
     return Measured(
         report=make_report(desk, sweep, place, analysis),
         now=len(todo) - len(failed),
@@ -109,26 +113,17 @@ def find_subjects(
     configs = {member.id: member.config for member in sweep.members()}
     if not any(run.info.status == "FINISHED" for run in counted.values()):
         raise ValueError(f"sweep: no member of {sweep.id} has finished yet")
-    heads = (
-        analysis.heads[analysis.heads["relation"] == sweep.system.relation] if len(analysis.heads) else analysis.heads
-    )
-    by_run = dict(list(heads.groupby("run_id"))) if len(heads) else {}
-    analyzed = analysis.members.reindex(columns=["run_id", "best_head"]).to_dict("records")
-    best = {row["run_id"]: row["best_head"] if isinstance(row["best_head"], str) else "" for row in analyzed}
-    found = []
+    facts, found = head_facts(sweep, analysis), []
     for member, run in counted.items():
         if run.info.status == "FINISHED":
             run_id = run.info.run_id
-            if run_id not in best:
+            if run_id not in facts:
                 raise ValueError(f"sweep: run {run_id} is not in the analysis yet; run `headway analyze` first")
             config = configs.get(member) or load_config(client, run_id)
-            table = by_run[run_id].to_dict("records") if run_id in by_run else []
-            rows = [{str(name): value for name, value in row.items()} for row in table]
-            name = str(run.info.run_name)
-            subject = Subject(
-                member_id=member, run_id=run_id, name=name, config=config, heads=rows, best_head=best[run_id]
+            name, (heads, best) = str(run.info.run_name), facts[run_id]
+            found.append(
+                Subject(member_id=member, run_id=run_id, name=name, config=config, heads=heads, best_head=best)
             )
-            found.append(subject)
     for name, asked in which.items():
         known = {place_of(each)[name] for each in found}
         for value in asked:
@@ -268,14 +263,16 @@ def fetch_table(client: MlflowClient, run_id: str, name: str, request: Request) 
 
 
 def fetch_tables(
-    client: MlflowClient, keys: Mapping[str, Mapping[str, Any]], request: Request
+    client: MlflowClient, keys: Mapping[str, Mapping[str, Any]], facts: Mapping[str, str], request: Request
 ) -> dict[str, pd.DataFrame]:
-    """The tables of all members, the columns that name one (`keys`, by run) in front."""
+    """The tables of all members, the columns that name one (`keys`, by run) in front, and at the end `facts`, the
+    analysis that they rest on (by run), and `version`."""
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for run_id, own in keys.items():
         for name, found in parts.items():
             table = fetch_table(client, run_id, name, request)
-            found.append(pd.concat([pd.DataFrame([own] * len(table), index=table.index), table], axis=1))
+            rests = table.assign(facts=facts[run_id], version=VERSION)
+            found.append(pd.concat([pd.DataFrame([own] * len(table), index=table.index), rests], axis=1))
     tables = {name: pd.concat(found, ignore_index=True) for name, found in parts.items()}
     for table in tables.values():
         for name in next(iter(keys.values())):

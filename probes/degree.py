@@ -277,9 +277,10 @@ def degree_from_line(
     scatter. `loss [P]`, or `[n, P]` of n examples; L is `scale` times their mean. The interval is a jackknife's over 16
     blocks of examples; the numbers are exact for one.
 
-    Refused where a loss is not finite, the density covers under 8 points, the coefficient is not above 0, what is odd in L (a slope at the
-    point) changes it by more than 20%, the same at n_beta and gamma x 1/3 and x 3 differs by more than 20%, or its
-    interval lies above 1/2, which no k has. ValueError for n_beta or gamma that are not above 0, and for other points.
+    Refused where a loss is not finite, the density covers under 8 points, the coefficient is not above 0, what is odd
+    in L (a slope at the point) changes it by more than 20%, the same at n_beta and gamma x 1/3 and x 3 differs by more
+    than 20%, or its interval lies above 1/2, which no k has. ValueError for n_beta or gamma that are not above 0, and
+    for other points.
     """
     if not (0.0 < n_beta < np.inf and 0.0 < gamma < np.inf):
         raise ValueError(f"n_beta, gamma are {n_beta:g}, {gamma:g}; allowed: finite numbers above 0")

@@ -91,9 +91,9 @@ class LLCSettings:
     @property
     def looks(self) -> int:
         """Gradients of a chain's loss that one estimate takes."""
-        checks = -(-self.draws // self.check_every) if self.check_every else 0
         every = [self, *(self.variants().values() if self.sensitivity else ())]
-        return sum(each.chains * (each.burn_in + each.draws + checks) for each in every)
+        checks = [-(-each.draws // self.check_every) if self.check_every else 0 for each in every]
+        return sum(each.chains * (each.burn_in + each.draws + own) for each, own in zip(every, checks, strict=True))
 
     def variants(self) -> dict[str, LLCSettings]:
         """At n_beta and gamma x 1/3 and x 3, by half the chains; steps shrink where these grow, so that stiff
@@ -214,7 +214,7 @@ class LLC:
             if surely or (error <= TOLERANCE and not abs(gap) <= TOLERANCE):
                 moved.append(f"{gap:+.0%} at {name}")
             elif not error <= TOLERANCE:
-                unsure.append(f"{gap:+.0%} at {name}, error {error:.0%}")
+                unsure.append(f"{gap:+.0%} at {name}, error {f'{error:.0%}' if error < math.inf else 'unknown'}")
         if moved:
             yield DEPENDS + ", ".join(moved)
         if unsure:

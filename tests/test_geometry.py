@@ -15,7 +15,19 @@ from cluster import curves, geometry, report, tracking
 from cluster.analysis import Analysis
 from cluster.cli import main
 from cluster.curves import Curves
-from cluster.geometry import LINE, METHODS, Geometry, Kept, Request, Subject, cumulative_rate, from_line, from_profiles
+from cluster.geometry import (
+    METHODS,
+    VERSION,
+    Geometry,
+    Kept,
+    Request,
+    Subject,
+    cumulative_rate,
+    from_lines,
+    from_profiles,
+    head_facts,
+    with_tables,
+)
 from cluster.geometry_sections import (
     GEOMETRY_PANELS,
     agreement_lines,
@@ -33,8 +45,8 @@ from cluster.pack import make_pool, member_files
 from cluster.recipes import RECIPES
 from cluster.report import write_report
 from cluster.sweep import DataConfig, ProbeConfig, Sweep, member_id, validate
-from probes.degree import PROFILE, SCORE, degree_from_score
-from probes.llc import LLC, LLCSettings, estimate_llcs
+from probes.degree import LINE, PROFILE, SCORE, degree_from_score
+from probes.llc import LLCSettings, estimate_llcs
 from probes.relaxation import fit_relaxation
 from sim.generator import Generator
 from sim.particles import ParticleBox, ParticleSystem
@@ -253,16 +265,17 @@ def test_every_method_has_a_row_and_lines_begin_before_emergence(pool, monkeypat
 
 
 class Line:
-    """A line along which the loss is a planted power."""
+    """A line along which the loss of every example is a planted power, with a slope and scatter of its own."""
 
-    def __init__(self, degrees, lengths, slope=0.0, error=0.0):
-        self.slope, self.error = slope, error
+    def __init__(self, degrees, lengths, scale=0.01, slope=0.0, scatter=0.0):
+        self.slope, self.scatter, self.scale = slope, scatter, scale
         self.degrees, self.length = torch.tensor(degrees).double(), torch.tensor(lengths).double()
 
     def profile(self, t):
-        rise = 0.01 * (t.abs() / self.length[:, None]) ** self.degrees[:, None]
-        slope = self.slope * t / self.length[:, None]
-        return 0.3 + rise + slope, self.error * (t / self.length[:, None]).abs()
+        own = (t / self.length[:, None])[:, None]
+        noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 64, 1)))
+        slope = self.slope + self.scatter * (noise - noise.mean())
+        return 0.3 + self.scale * own.abs() ** self.degrees[:, None, None] + slope * own
 
 
 def test_the_degree_along_a_line_of_any_length():
@@ -273,35 +286,24 @@ def test_the_degree_along_a_line_of_any_length():
 
 def test_a_slope_that_the_examples_scatter_explains_does_not_refuse_a_profile():
     """The loss falls on one side of the end: by more than its error that is no least loss, by less it is noise."""
-    (sure,) = from_profiles(Line([2.0], [1.0], slope=2e-4, error=2e-5))
+    (sure,) = from_profiles(Line([2.0], [1.0], slope=2e-4, scatter=4e-4))
     assert sure.refusal == "the loss is not least at x = 0"
-    (unsure,) = from_profiles(Line([2.0], [1.0], slope=2e-4, error=2e-4))
+    (unsure,) = from_profiles(Line([2.0], [1.0], slope=2e-4, scatter=2e-3))
     assert unsure.refusal == ""
-    assert unsure.k == pytest.approx(2.0, abs=0.1)
+    assert unsure.k == pytest.approx(2.0, abs=1e-3)
 
 
-def estimate(mean, converged=True, chains=4):
-    spread = mean * (1 + 0.01 * np.linspace(-1, 1, chains))
-    same = dict.fromkeys(("n_beta / 3", "n_beta x 3", "gamma / 3", "gamma x 3"), mean if converged else 9 * mean)
-    return LLC(
-        mean=mean, sd=0.01, per_chain=spread, trace=np.repeat(spread[:, None], 4, 1),
-        acceptance=0.99, diverged=0, n=16, spread=1.0, spread_error=0.1, heating=0.0, gradient=0.0,
-        n_beta=30.0, gamma=1.0, sigma=None, sensitivity=same,
-    )  # fmt: skip
-
-
-def test_a_coefficient_on_a_line_gives_a_degree_only_where_it_can():
-    quarter = from_line(estimate(0.25))
-    assert quarter.k == pytest.approx(4.0)
-    _, low, high = mean_interval(estimate(0.25).per_chain.tolist())
-    assert (quarter.low, quarter.high, quarter.assumption) == (1 / high, 1 / low, LINE)
-    assert from_line(estimate(0.7)).refusal == "coefficient 0.7 (from 0.693) is above 1/2"
-    two = from_line(estimate(0.501))  # of a quadratic, where noise puts it half of the time
-    assert two.low < 2.0 < two.high
-    assert (
-        from_line(estimate(0.25, chains=1)).refusal == "not converged: a single chain says nothing of its own scatter"
-    )
-    assert from_line(estimate(0.25, converged=False)).refusal.startswith("not converged: depends on the settings")
+def test_the_coefficient_along_a_line_gives_a_degree_only_where_it_can():
+    settings = replace(SHORT, n_beta=1e3, gamma=1.0)
+    for planted, found in zip((2.0, 4.0), from_lines(Line([2.0, 4.0], [1.0, 1.0], scale=1.0), settings), strict=True):
+        assert (found.refusal, found.assumption) == ("", LINE)
+        assert found.k == pytest.approx(planted, rel=0.02)
+    halved = from_lines(Line([2.0], [1.0], scale=2.0), replace(settings, sigma=1.0))[0]
+    assert halved.k == pytest.approx(from_lines(Line([2.0], [1.0], scale=1.0), settings)[0].k)
+    (held,) = from_lines(Line([2.0], [1.0], scale=1e-6), settings)
+    assert held.refusal.startswith("depends on the settings: -")
+    (free,) = from_lines(Line([2.0], [1.0]), replace(settings, gamma=0.0))
+    assert free.refusal == "gamma is 0, so that nothing holds the line"
 
 
 def test_a_row_of_the_head_table_stands_for_its_fit():
@@ -391,6 +393,8 @@ def test_what_a_model_or_its_record_has_not_is_refused_by_name():
         Request(checkpoints=(0, 7)).steps_of((5, 0))
     with pytest.raises(ValueError, match=r"heads: '2\.0' is not allowed; it must be one of 0\.0, 0\.1, 1\.0, 1\.1"):
         Request(heads=("2.0",)).heads_of(MEMBER.config)
+    with pytest.raises(ValueError, match="examples: 1 is not allowed; it must be at least 2, or None"):
+        Request(examples=1)
     with pytest.raises(ValueError, match="examples: 17 is not allowed; it must be at most 16"):
         Request(examples=17).examples_of(MEMBER.config)
     assert Request(checkpoints=(5, 0)).steps_of((0, 1, 5)) == [0, 5]
@@ -657,6 +661,65 @@ def test_the_report_has_the_section_only_where_geometry_was_measured(tmp_path):
     assert panels(page) <= report.PANELS
     assert GEOMETRY_PANELS >= 2 * (4 + 3) + 2  # heads of width 16, and two widths
     assert len(made.loads) <= report.MEMBERS + 6
+
+
+class Records:
+    """The artifacts of a sweep's own run, in a folder."""
+
+    def __init__(self, folder, **tables):
+        self.folder = folder
+        for name, table in tables.items():
+            table.to_parquet(folder / f"{name}.parquet", index=False)
+
+    def list_artifacts(self, run, path):
+        return [SimpleNamespace(path=f"{path}/{file.name}") for file in self.folder.iterdir()]
+
+    def download_artifacts(self, run, path, folder):
+        return str(self.folder / path.partition("/")[2]) if "/" in path else str(self.folder)
+
+
+def test_what_rests_on_another_analysis_or_version_is_left_out_and_said(tmp_path):
+    plan = {((8,), 0): heads(("emerged", 100)), ((16,), 0): heads(("emerged", 40))}
+    sweep = make_sweep()
+    made = Planted(sweep, plan)
+    own = made.analysis.heads[made.analysis.heads["relation"] == "collision"]
+    keys = own[["member_id", "run_id", "width", "seed", "layer", "head"]].to_dict("records")
+    one, other = own["run_id"].unique()
+    facts = {run: geometry.facts_id(*each) for run, each in head_facts(sweep, made.analysis).items()}
+    assert facts[one] != facts[other]
+    llc = planted_estimates(keys).assign(version=VERSION)
+    (row,) = degree_rows("", 0, 0, gradient=stands(4.0))
+    degrees = pd.DataFrame([{**row, **key} for key in keys]).assign(version=VERSION)
+    degrees["facts"] = degrees["run_id"].map(facts)
+
+    def shown(degrees, llc=llc):
+        analysis = replace(made.analysis)
+        save_planted(tmp_path, analysis)
+        return with_tables(Records(tmp_path, llc=llc, degrees=degrees), "p", sweep, analysis)
+
+    kept = shown(degrees)
+    assert kept.left_out == []
+    assert len(kept.degrees) == len(degrees)
+    stale = shown(degrees.assign(facts=lambda table: table["facts"].where(table["run_id"] == one, "older")))
+    assert set(stale.degrees["run_id"]) == {one}
+    assert len(stale.llc) == len(llc)  # coefficients rest on the weights alone
+    assert stale.left_out == [
+        "Estimates of k of 1 member rest on an older analysis and are left out; `headway probe llc` measures them "
+        "again."
+    ]
+    older = shown(degrees, llc.assign(version=VERSION - 1))
+    assert older.llc.empty
+    assert older.degrees.empty
+    page = write_report(tmp_path / "page", sweep, older, made.load, {}).read_text()
+    assert "Learning coefficients of another version are left out; `headway probe llc` measures them again." in page
+    assert "geometry_heads.png" not in page
+    assert shown(degrees.drop(columns=["version", "facts"]), llc.drop(columns="version")).llc.empty
+
+
+def save_planted(folder, analysis):
+    for name in ("heads", "members", "widths", "detectors"):
+        getattr(analysis, name).to_parquet(folder / f"{name}.parquet", index=False)
+    (folder / "sweep.json").write_text('{"laws": []}')
 
 
 # In the service

@@ -1,6 +1,7 @@
 """`probes.llc`: estimates against exact expectations and closed forms, what is reported with them, and `devinterp`."""
 
 import itertools
+import math
 import warnings
 from dataclasses import replace
 
@@ -302,6 +303,20 @@ def test_converged_is_said_of_a_regular_minimum_and_not_of_a_degenerate_one():
         assert f"% at {name}" in degenerate.reason
 
 
+def test_errors_of_other_settings_are_those_of_repeats():
+    """Estimates of one quadratic by few chains: how they scatter about the truth, against the errors they are given."""
+    settings = replace(FEW, n_beta=1.0, gamma=0.5, step_size=0.2, chains=4, burn_in=40, draws=40, sensitivity=True)
+    target = at_origin(quadratic(*np.linspace(0.5, 2.0, 8)), 8, (1.0,) * 120)
+    found = estimate_llcs(target, range(120), settings)
+    for name in ("n_beta / 3", "n_beta x 3", "gamma / 3", "gamma x 3"):
+        gaps = np.array([each.sensitivity[name] / each.mean - 1.0 for each in found])
+        told = np.sqrt(np.mean([each.sensitivity_error[name] ** 2 for each in found]))
+        assert 0.4 * told < gaps.std() < 1.3 * told, name  # chains share random numbers: differences scatter less
+        assert 0.02 < told < 0.5
+    alone = estimate_llcs(target, range(120), replace(settings, chains=1))
+    assert {error for each in alone for error in each.sensitivity_error.values()} == {math.inf}
+
+
 def made(**changes):
     """An estimate that is converged, but for the changes."""
     sensitivity = {"n_beta / 3": 0.9, "n_beta x 3": 1.1, "gamma / 3": 1.1, "gamma x 3": 0.9}
@@ -310,12 +325,15 @@ def made(**changes):
         "mean": 1.0, "sd": 0.0, "per_chain": trace.mean(axis=1), "trace": trace, "acceptance": 0.95, "diverged": 0,
         "spread": 1.1, "spread_error": 0.01, "heating": 0.1, "gradient": 0.1,
         "n": None, "n_beta": 1.0, "gamma": 1.0, "sigma": None, "sensitivity": sensitivity,
+        "sensitivity_error": dict.fromkeys(sensitivity, 0.05),
     }  # fmt: skip
     return LLC(**fields | changes)
 
 
 def test_every_reason_is_given():
     rising = np.tile(np.linspace(0.5, 1.5, 10), (4, 1))
+    four = np.array([0.2, 0.6, 1.4, 1.8])
+    swings = np.where(np.arange(10) < 5, 1.0, -1.0) * np.array([-0.4, -0.2, 0.2, 0.4])[:, None]
     lost = np.where(np.arange(4)[:, None] < 1, np.nan, np.ones((4, 10)))
     cases = {
         "": made(),
@@ -330,8 +348,24 @@ def test_every_reason_is_given():
         "the trace drifts by +56% from its first half to its second": made(trace=rising),
         "the trace drifts by -56% from its first half to its second": made(trace=rising[:, ::-1]),
         "chains have 0.70 of the spread of their density": made(spread=0.7, spread_error=0.09),
-        "chains have 1.30 of the spread of their density": made(spread=1.3, spread_error=float("nan")),
+        "chains have 1.30 of the spread of their density": made(spread=1.3),
         "minibatches heat by 25%": made(heating=0.25),
+        "fewer than two looks at how minibatches heat": made(heating=float("nan")),
+        "no look at the acceptance": made(heating=float("nan"), acceptance=float("nan")),
+        "too noisy to tell, by standard errors over chains: mean 37%": made(
+            per_chain=four, trace=np.repeat(four[:, None], 10, 1)
+        ),
+        "too noisy to tell, by standard errors over chains: drift 37%": made(trace=1.0 + swings),
+        "too noisy to tell, by standard errors over chains: spread 25%": made(spread_error=0.25),
+        "cannot tell how it depends on the settings: +30% at gamma x 3, error 40%": made(
+            sensitivity={"gamma x 3": 1.3, "n_beta x 3": 1.1},
+            sensitivity_error={"gamma x 3": 0.4, "n_beta x 3": 0.1},
+        ),
+        "depends on the settings: +150% at gamma x 3; cannot tell how it depends on the settings: -10% at gamma / 3, "
+        "error unknown": made(
+            sensitivity={"gamma x 3": 2.5, "gamma / 3": 0.9},
+            sensitivity_error={"gamma x 3": 0.4, "gamma / 3": math.inf},
+        ),
         "the gradient at the point lowers it by about 30%": made(mean=0.99, gradient=0.297),
         "no look at other n_beta and gamma": made(sensitivity={}),
         "depends on the settings: +30% at gamma x 3, nan% at gamma / 3": made(
