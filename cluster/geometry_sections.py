@@ -21,7 +21,7 @@ from cluster.laws import FIGURE
 from cluster.page import Section, take_picture
 from cluster.sweep import Sweep
 from probes.attention import lift
-from probes.llc import DEPENDS, TOLERANCE
+from probes.llc import DEPENDS, TOLERANCE, UNSURE
 
 EMERGED, NEVER = 6, 3  # heads drawn, at most
 WIDTHS = 6  # drawn, at most
@@ -179,7 +179,7 @@ def convergence_line(llc: pd.DataFrame) -> str:
     held, sound = int(llc["converged"].sum()), int(llc["sound"].sum())
     text = f"{sound:,} of {plural(len(llc), 'estimate')} ({settings_text(llc)}) are sound at these settings"
     kinds = commonest(llc.loc[~llc["sound"], "reason"].str.split("; ").explode())
-    kinds = [(reason, count) for reason, count in kinds if not reason.startswith(DEPENDS)]
+    kinds = [(reason, count) for reason, count in kinds if not reason.startswith((DEPENDS, UNSURE))]
     if kinds:
         named = "; ".join(f"{reason} ({count:,})" for reason, count in kinds[:REASONS])
         text += f" (of the others: {named}" + (", and other reasons)" if len(kinds) > REASONS else ")")
