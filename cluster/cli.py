@@ -18,6 +18,7 @@ headway COMMAND ...
   status [SWEEP]        sweeps in the ledger, or the members of one
   probe calibrate SWEEP step size and localisation for that, tried on one member
   probe llc SWEEP       learning coefficients of every head at the kept steps, and degrees of their potentials
+  probe transfer SWEEP  finished members on another number or density of particles, without training
   analyze SWEEP         work out timescales again from the tables of the members that are done
   report SWEEP          write the report again from the last analysis
   compare A B           two sweeps or points side by side, and whether a difference is shown

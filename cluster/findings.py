@@ -23,6 +23,7 @@ LINES = 12  # points named one by one in the summary
 ROWS, FEW_ROWS = 60, 40  # rows of the long and of the short tables
 CAUSE = 300  # letters of a cause that are shown
 FEW_MEMBERS = 10  # below so many members a point an interval is called rough
+UNEVEN = 1.5  # ratio of shares that uniform attention gives to related tokens, above which levels are no like ones
 DASH = "–"
 
 
@@ -208,6 +209,14 @@ def point_line(point: Point, relation: str) -> str:
     return f"{start}. {point.risen:,} of {plural(total, 'head')}{share} rose."
 
 
+def uniform_share(point: Point) -> float:
+    """Of the weight, what attention that is uniform over visible keys gives to related tokens: peak score over peak
+    lift, the median over heads; NaN without heads."""
+    if not len(point.heads):
+        return math.nan
+    return float((point.heads["peak"] / point.heads["lift_peak"]).median())
+
+
 def caveats(sweep: Sweep, analysis: Analysis, points: Sequence[Point]) -> list[str]:
     """What a reader should keep in mind, with numbers; only what applies."""
     settled = [point for point in points if len(point.finished)]
@@ -232,6 +241,13 @@ def caveats(sweep: Sweep, analysis: Analysis, points: Sequence[Point]) -> list[s
         found.append(
             f"{growing:,} of {total:,} risen heads were still growing at the end: their t50 is a lower bound. "
             "Levels do not depend on when training stopped."
+        )
+    shares = [share for share in map(uniform_share, settled) if math.isfinite(share)]
+    if shares and max(shares) > UNEVEN * min(shares):
+        found.append(
+            f"Uniform attention gives related tokens {min(shares):.0%} of the weight at one point and "
+            f"{max(shares):.0%} at another, so lift is at most {1 / min(shares):.1f} and {1 / max(shares):.1f} there: "
+            f"lift {LEVEL_LIFT:g} is not the same demand."
         )
     fooled = sum(int((p.heads["level"].notna() & ~p.heads["detector"]).sum()) for p in settled if len(p.heads))
     if fooled:

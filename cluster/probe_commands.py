@@ -1,4 +1,4 @@
-"""`headway probe`: learning coefficients of finished members, and what their chains can bear."""
+"""`headway probe`: what is measured of finished members."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cluster.driver import Settings
 from cluster.encoding import require_known
 from cluster.geometry import Request, Tokens
 from cluster.measuring import measure_geometry
+from cluster.transfer import transfer_command
 from probes.llc import LLCSettings
 from sim.checks import require
 
@@ -79,11 +80,11 @@ def parse_step(text: str) -> int:
 
 
 def probe_command(arguments: Sequence[str], console: Console) -> int:
-    """`headway probe llc` and `headway probe calibrate`."""
+    """`headway probe llc`, `headway probe calibrate` and `headway probe transfer`."""
     kind, *rest = arguments or [""]
     if kind.startswith("-"):
         kind, rest = "llc", list(arguments)
-    commands = {"llc": llc_command, "calibrate": calibrate_command}
+    commands = {"llc": llc_command, "calibrate": calibrate_command, "transfer": transfer_command}
     require_known(kind, list(commands), "probe")
     return commands[kind](rest, console)
 

@@ -770,6 +770,11 @@ def test_members_are_measured_once_whatever_breaks_off(tmp_path, capsys):
     page = next(tmp_path.glob("headway-out/*/report/report.html")).read_text()
     assert "Degenerate geometry</h2>" in page
 
+    assert main_in_folder(tmp_path, ["probe", "transfer", "tiny", "--to", "box.n=9", "--examples", "16"]) == 0
+    folder = capsys.readouterr().out.split()[-1]
+    assert len(pd.read_parquet(tmp_path / folder / "heads.parquet")) == 3 * 8 * 2
+    assert {item.path for item in ledger.client.list_artifacts(ledger.parent.info.run_id)} > {folder.rpartition("/")[2]}
+
     victim = list(ledger.counted.values())[-1]
     folder = ledger.client.get_run(victim.info.run_id).info.artifact_uri.removeprefix("file://")
     with open(f"{folder}/weights.npz", "wb") as file:  # noqa: PTH123
