@@ -23,6 +23,7 @@ LINES = 12  # points named one by one in the summary
 ROWS, FEW_ROWS = 60, 40  # rows of the long and of the short tables
 CAUSE = 300  # letters of a cause that are shown
 FEW_MEMBERS = 10  # below so many members a point an interval is called rough
+CROWDED = 0.25  # share that uniform attention gives to related tokens, above which lift cannot rise far
 UNEVEN = 1.5  # ratio of shares that uniform attention gives to related tokens, above which levels are no like ones
 DASH = "–"
 
@@ -214,7 +215,24 @@ def uniform_share(point: Point) -> float:
     lift, the median over heads; NaN without heads."""
     if not len(point.heads):
         return math.nan
-    return float((point.heads["peak"] / point.heads["lift_peak"]).median())
+    return float((point.heads["peak"] / point.heads["lift_peak"]).median()) if "peak" in point.heads else math.nan
+
+
+def ceiling_lines(points: Sequence[Point]) -> list[str]:
+    """A line where lift cannot rise far, or not equally far at all points; no head attends by more than all it has."""
+    shares = [share for share in map(uniform_share, points) if math.isfinite(share)]
+    low, high = min(shares, default=math.nan), max(shares, default=math.nan)
+    hopeless = f": no head can reach lift {LEVEL_LIFT:g}" if 1 / high < LEVEL_LIFT else ""
+    if high > UNEVEN * low:
+        most = f"lift is at most {1 / low:.1f} and {1 / high:.1f} there"
+        return [
+            f"Uniform attention gives related tokens {low:.0%} of the weight at one point and {high:.0%} at another, "
+            f"so {most}{hopeless or ', and a level is not the same demand'}."
+        ]
+    if high > CROWDED:
+        start = f"Uniform attention already gives related tokens {high:.0%} of the weight"
+        return [f"{start}, so lift is at most {1 / high:.1f}{hopeless}."]
+    return []
 
 
 def caveats(sweep: Sweep, analysis: Analysis, points: Sequence[Point]) -> list[str]:
@@ -242,13 +260,7 @@ def caveats(sweep: Sweep, analysis: Analysis, points: Sequence[Point]) -> list[s
             f"{growing:,} of {total:,} risen heads were still growing at the end: their t50 is a lower bound. "
             "Levels do not depend on when training stopped."
         )
-    shares = [share for share in map(uniform_share, settled) if math.isfinite(share)]
-    if shares and max(shares) > UNEVEN * min(shares):
-        found.append(
-            f"Uniform attention gives related tokens {min(shares):.0%} of the weight at one point and "
-            f"{max(shares):.0%} at another, so lift is at most {1 / min(shares):.1f} and {1 / max(shares):.1f} there: "
-            f"lift {LEVEL_LIFT:g} is not the same demand."
-        )
+    found += ceiling_lines(settled)
     fooled = sum(int((p.heads["level"].notna() & ~p.heads["detector"]).sum()) for p in settled if len(p.heads))
     if fooled:
         found.append(

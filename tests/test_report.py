@@ -390,3 +390,25 @@ def test_spread_leaves_labels_that_have_room():
 )
 def test_step_text(value, text):
     assert findings.step_text(value) == text
+
+
+def test_where_lift_cannot_rise_far_it_is_told(planted):
+    """Uniform attention that gives related tokens a tenth, three tenths or six tenths of the weight."""
+
+    def told(*factors):
+        heads = planted.analysis.heads.copy()
+        for width, factor in zip((8, 16), factors, strict=True):
+            heads.loc[heads["width"] == width, "lift_peak"] /= factor
+        changed = replace(planted.analysis, heads=heads)
+        return findings.ceiling_lines(findings.make_points(planted.sweep, changed))
+
+    assert told(1, 1) == []
+    assert told(1, 3) == [
+        "Uniform attention gives related tokens 10% of the weight at one point and 30% at another, so lift is at most "
+        "10.0 and 3.3 there, and a level is not the same demand."
+    ]
+    assert told(3, 3) == ["Uniform attention already gives related tokens 30% of the weight, so lift is at most 3.3."]
+    assert told(6, 6) == [
+        "Uniform attention already gives related tokens 60% of the weight, so lift is at most 1.7: no head can reach "
+        "lift 2."
+    ]
