@@ -28,6 +28,14 @@ def test_a_member_goes_the_eager_way_and_is_the_same_in_any_company_part_and_aft
     assert not torch.equal(whole.weights, eager.weights), "nothing was compiled"
 
 
+def test_strang_splitting_and_local_attention_go_the_eager_way_too():
+    model = dataclasses.replace(NARROW, splitting="strang", attention="local", neighbours=3)
+    compiled_ = state_after(4, NOISED, dataclasses.replace(TRAIN, compiled=True), (3, 7), model)
+    eager = state_after(4, NOISED, TRAIN, (3, 7), model)
+    torch.testing.assert_close(compiled_.weights, eager.weights, rtol=0, atol=1e-4)
+    assert not torch.equal(compiled_.weights, eager.weights), "nothing was compiled"
+
+
 def test_a_process_compiles_more_shapes_than_torch_allows_by_itself(monkeypatch):
     """With a compiler that leaves everything as it is; torch gives up, or goes on eagerly, after 8."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", options=None))
