@@ -23,7 +23,7 @@ from cluster.display import LINE_EVERY, Live, count, loss_text
 from cluster.driver import Desk, Settings, require_writable
 from cluster.figures import save
 from cluster.objectives import Verdict
-from cluster.pack import Pace
+from cluster.pack import Pace, warn
 from cluster.rehearsal import rehearse
 from cluster.search_config import HELP, Search, parse_search
 from cluster.search_figures import draw_history, draw_pareto, draw_slices
@@ -126,7 +126,12 @@ def held_study(desk: Desk, search: Search, study: optuna.Study) -> Iterator[Ledg
         status = "KILLED"
         raise
     finally:
-        ledger.close(status)
+        try:
+            ledger.close(status)
+        except UNTOLD:
+            if status == "FINISHED":
+                raise
+            warn("the ledger cannot be told how this ended; the same command does so when it goes on")
 
 
 class Board(Live):
@@ -230,16 +235,24 @@ def train_points(search: Search, study: optuna.Study, workshop: Workshop, board:
     try:
         with ray_cluster(search.settings.address, search.settings.workers):
             workshop.use(settle_resources(search.settings.gpus))
-            searcher = StudySearcher(study, search.space, search.options.points, workshop, board.verdict)
+            searcher = StudySearcher(
+                study, search.space, search.options.points, workshop, board.verdict, search.settings.patience
+            )
             context = SearchContext(
                 shelf=open_shelf(),
                 pace=Pace(checkpoint=search.settings.checkpoint_every),
                 gpus=workshop.resources.get("GPU", 0.0),
                 watched=search.options.prune,
+                patience=search.settings.patience,
             )
+
+            def watch() -> None:
+                workshop.study.require_held()
+                workshop.study.require_heard(context.patience)
+
             board.stage(f"training points, {count(slots(workshop.resources), 'point')} at a time")
             stopper = PruneStopper(searcher) if search.options.prune else None
-            run_points(context, workshop.resources, board.progress, searcher, stopper)
+            run_points(context, workshop.resources, board.progress, searcher, stopper, watch)
             return searcher.failed
     except ValueError as error:  # the input was good: this is a failure of the work
         if isinstance(error, tracking.TrackingError) or not ray.is_initialized():

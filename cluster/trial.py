@@ -74,6 +74,7 @@ class SearchContext:
     pace: Pace
     gpus: float = 0.0
     watched: bool = False
+    patience: float = PATIENCE
 
 
 def pool_name(config: MemberConfig) -> str:
@@ -119,6 +120,7 @@ def train_point(config: Mapping[str, Any], context: SearchContext) -> None:
             pace=context.pace,
             gpus=context.gpus,
             watched=context.watched and len(pack.members) == len(members),
+            patience=context.patience,
         )
         train_here(pack, own)
 
