@@ -20,8 +20,8 @@ from cluster import analysis as analyses
 from cluster import clean, compare, tracking
 from cluster.clean import CleanOptions, File, items
 from cluster.cli import main
-from cluster.compare import QUANTITIES, gap_interval, newcombe, take_side
-from cluster.compare_page import verdict, write_page
+from cluster.compare import QUANTITIES, correlation, gap_interval, newcombe, take_side
+from cluster.compare_page import cells, verdict, write_page
 from cluster.glossary import FIGURE, OWN, explain
 from cluster.member_runs import MemberRuns
 from cluster.store import FolderStore
@@ -232,13 +232,70 @@ def test_intervals_of_differences_are_those_of_the_books(monkeypatch):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal(7), 2 * rng.standard_normal(5) + 1
     expected = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.9)
-    seeds = np.arange(7), np.arange(5)
-    assert gap_interval((a, b), seeds, False)[1:] == pytest.approx((expected.low, expected.high))
+    assert gap_interval(a, b, False)[1:] == pytest.approx((expected.low, expected.high))
     paired = stats.ttest_rel(b, a[:5]).confidence_interval(0.9)
-    assert gap_interval((a, b), seeds, True)[1:] == pytest.approx((paired.low, paired.high))
+    assert gap_interval(a[:5], b, True)[1:] == pytest.approx((paired.low, paired.high))
     monkeypatch.setattr(compare, "CONFIDENCE", 0.95)
     ones = [np.repeat([1.0, 0.0], [k, n - k]) for k, n in ((48, 80), (56, 70))]
-    assert newcombe(*ones) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)  # Newcombe 1998, table II, method 10
+    assert newcombe(*ones, False) == pytest.approx(
+        (0.2, 0.0524, 0.3339), abs=5e-5
+    )  # Newcombe 1998, table II, method 10
+
+
+def test_sides_that_share_few_of_their_seeds_are_paired_by_these():
+    """A common effect of the seed, and B with a quarter of A's seeds: all are cut to these."""
+    rng = np.random.default_rng(5)
+    analysis = planted_sweep(exponents=(0.0, 0.0), widths=(32,), seeds=16, share=1.0)
+    table = analysis.members
+    table = table[(table[RATE] == 0.001) | (table["seed"] % 4 == 1)].copy()
+    luck = 0.8 * rng.standard_normal(16)
+    shift = np.where(table[RATE] == 0.004, 0.2, 0.0) + 0.02 * rng.standard_normal(len(table))
+    table["level"] = 300 * np.exp(luck[table["seed"]] + shift)
+    sweep = swept(seeds=16, widths=(32,), order="seed")
+    analysis = dataclasses.replace(analysis, members=table)
+    a, b = side("A", analysis, sweep, f"{RATE}=0.001"), side("B", analysis, sweep, f"{RATE}=0.004")
+    rows = compare.compare(a, b)
+    row = row_of(rows, LEVEL, "all members")
+    assert (row.n_a, row.n_b, row.pairs, row.p) == (16, 4, 4, 0.125)  # 2 of 2^4 arrangements are as far apart
+    assert row.gap[1] < math.exp(0.2) < row.gap[2] < 1.1 * row.gap[1]
+    assert cells(row)[2] == "16, 4; 4 in pairs"
+    (later,) = [row for row in rows if row.quantity == compare.LATER]
+    assert later.pairs == 4
+    assert "within each seed that both sides have" in compare.design(a, b)
+    apart = table.copy()
+    apart.loc[apart[RATE] == 0.004, "seed"] += 100
+    b = side("B", dataclasses.replace(analysis, members=apart), sweep, f"{RATE}=0.004")
+    assert row_of(compare.compare(a, b), LEVEL, "all members").pairs == 0
+
+
+def test_the_interval_of_a_difference_of_paired_shares_covers_it():
+    """Exactly, over all outcomes of 12 pairs: about the nominal share, however A and B depend; unpaired ones miss."""
+    n, found = 12, []
+    counts = np.array([c for c in np.ndindex((n + 1,) * 3) if sum(c) <= n])
+    for cells_ in ((0.6, 0.2, 0.1), (0.45, 0.25, 0.05), (0.1, 0.5, 0.2)):
+        cells4 = np.array([*cells_, 1 - sum(cells_)])  # both, A alone, B alone, neither
+        full = np.column_stack([counts, n - counts.sum(1)])
+        chance = stats.multinomial(n, cells4).pmf(full)
+        held = []
+        for count in full:
+            a, b = (np.repeat(kind, count) for kind in (np.array([1.0, 1, 0, 0]), np.array([1.0, 0, 1, 0])))
+            gap, low, high = newcombe(a, b, True)
+            assert gap == pytest.approx((count[2] - count[1]) / n)
+            held.append(low <= cells4[2] - cells4[1] <= high)
+        found.append(float(chance @ np.array(held)))
+    assert min(found) > 0.87, found
+    assert max(found) < 0.97
+
+
+def test_a_correlation_of_shares_narrows_or_widens_the_interval():
+    a, b = np.repeat([1.0, 0.0], [10, 10]), np.repeat([1.0, 0.0], [8, 12])
+    assert correlation(a, np.tile([1.0, 0.0], 10)) == 0.0
+    assert newcombe(a, np.tile([1.0, 0.0], 10), True) == newcombe(a, np.tile([1.0, 0.0], 10), False)
+    assert 0 < correlation(a, b) < np.corrcoef(a, b)[0, 1]  # drawn towards 0
+    assert correlation(a, 1 - b) == pytest.approx(-np.corrcoef(a, b)[0, 1])
+    widths = [np.ptp(newcombe(a, other, paired)[1:]) for other, paired in ((b, True), (b, False), (1 - b, True))]
+    assert widths[0] < widths[1] < widths[2]
+    assert correlation(np.ones(5), np.array([1.0, 0, 1, 0, 1])) == 0.0
 
 
 REFUSED = [
