@@ -45,6 +45,7 @@ QUANTITIES = (
     Quantity(name="heads_that_matter", words="heads that matter a member"),
     Quantity(name="validation_loss", words="validation loss at the end", scale="log"),
 )
+TESTS = len(QUANTITIES) + 1  # that `compare` makes at a point
 LATER = "whether and when: level, none counted as later"
 
 
@@ -279,6 +280,13 @@ def _permuted(values: Sequence[Values], pairs: int) -> tuple[float, str]:
     cluster = np.tile(np.arange(pairs), 2) if pairs else np.arange(side.size)
     test = permutation_test(side, np.concatenate(list(values)), cluster)
     return test.p_value, test.refusal
+
+
+def least_p(n_a: int, n_b: int, pairs: int) -> float:
+    """The least p that so many members can give: of one arrangement, and its mirror image where there is one."""
+    if pairs:
+        return float(2.0 ** (1 - pairs))
+    return (2 if n_a == n_b else 1) / math.comb(n_a + n_b, n_a)
 
 
 def share_interval(values: Sequence[float]) -> tuple[float, float, float]:
