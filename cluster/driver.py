@@ -15,7 +15,6 @@ from typing import Protocol
 import ray
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 
 from cluster import analysis as analyses
 from cluster import tracking
@@ -179,13 +178,7 @@ def held_ledger(desk: Desk, sweep: Sweep) -> Iterator[Ledger]:
         raise RuntimeError(f"the sweep was broken off by {error!r}") from error
     finally:
         ray.shutdown()
-        try:
-            ledger.settle(running_too=True)
-            ledger.close(status)
-        except (MlflowException, OSError):
-            if status == "FINISHED":
-                raise
-            warn("the ledger cannot be told how this ended; the same command does so when it goes on")
+        ledger.end(status, functools.partial(ledger.settle, running_too=True))
 
 
 @dataclass(frozen=True, slots=True)

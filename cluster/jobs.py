@@ -32,6 +32,7 @@ from cluster.display import duration
 from cluster.outside import PACKAGES, sources
 from cluster.recipes import load_sweep
 from cluster.sweep import Sweep, validate
+from cluster.tracking import TOLD
 from sim.checks import require
 
 if TYPE_CHECKING:
@@ -344,12 +345,12 @@ def stop_command(arguments: Sequence[str], console: Console) -> int:
                 console.print(f"[red]job {job} has not ended[/red] after {duration(time.monotonic() - begun)}")
                 return 1
             time.sleep(0.2)
-        told = "headway: stopped" in client.get_job_logs(job)
+        told = TOLD in map(str.strip, client.get_job_logs(job).splitlines())
     console.print(f"job {job}: {str(client.get_job_info(job).status).lower()} in {time.monotonic() - begun:.1f} s")
     if told:
-        console.print("members at work are KILLED in the ledger; the same sweep again goes on from their checkpoints")
+        console.print("members at work are KILLED in the ledger; the same command again goes on from their checkpoints")
     else:
-        console.print("it had not opened the ledger, or could not tell it; the same sweep again puts that right")
+        console.print("it had not opened the ledger, or could not tell it; the same command again puts that right")
     return 0
 
 

@@ -23,7 +23,7 @@ from cluster.display import LINE_EVERY, Live, count, loss_text
 from cluster.driver import Desk, Settings, require_writable
 from cluster.figures import save
 from cluster.objectives import Verdict
-from cluster.pack import Pace, warn
+from cluster.pack import Pace
 from cluster.rehearsal import rehearse
 from cluster.search_config import HELP, Search, parse_search
 from cluster.search_figures import draw_history, draw_pareto, draw_slices
@@ -126,12 +126,7 @@ def held_study(desk: Desk, search: Search, study: optuna.Study) -> Iterator[Ledg
         status = "KILLED"
         raise
     finally:
-        try:
-            ledger.close(status)
-        except UNTOLD:
-            if status == "FINISHED":
-                raise
-            warn("the ledger cannot be told how this ended; the same command does so when it goes on")
+        ledger.end(status)
 
 
 class Board(Live):

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -49,6 +50,8 @@ DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead
 PAGE = 5000  # runs in one answer
 BATCH = 1000  # metrics in one request, MLflow's limit
 PARENT, KIND = "mlflow.parentRunId", "kind"
+TOLD = "headway: the ledger is told: members that were at work are KILLED"  # a stopped driver's last word on it
+NOT_TOLD = "headway: the ledger cannot be told how this ended; the same command does so when it goes on"
 Result = TypeVar("Result")
 
 
@@ -187,6 +190,8 @@ class Ledger:
     lost: bool = False
     asked: float | None = None
     """Since when the store has not answered beats, on the clock of `time.monotonic`; None where it has."""
+    untold: bool = False
+    """Whether runs below could not be told how they ended."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -257,6 +262,21 @@ class Ledger:
         if not self.lost:
             self.client.set_tag(self.place.parent, "heartbeat", "")
             self.client.set_terminated(self.place.parent, status)
+
+    def end(self, status: str, before: Callable[[], object] = lambda: None) -> None:
+        """`close` as a driver's last act, after `before`. A store that is away does not hide why a driver ends that has
+        not FINISHED. One that was stopped says `TOLD`, once that is so."""
+        try:
+            before()
+            self.close(status)
+        except (MlflowException, OSError):
+            if status == "FINISHED":
+                raise
+            self.untold = True
+        if self.untold:
+            print(NOT_TOLD, file=sys.stderr, flush=True)
+        elif status == "KILLED" and not self.lost:
+            print(TOLD, file=sys.stderr, flush=True)
 
 
 def children(client: MlflowClient, place: Place) -> list[Run]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -155,7 +154,9 @@ class Workshop:
         """Tell the truth of points that were at work when their workers were stopped."""
         for ledger in self.open.values():
             ledger.lost |= self.study.lost  # then another driver has them
-            with contextlib.suppress(*UNTOLD):
+            try:
                 ledger.settle(running_too=True)
                 ledger.close("KILLED")
+            except UNTOLD:
+                self.study.untold = True
         self.open.clear()

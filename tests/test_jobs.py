@@ -77,7 +77,7 @@ class Client:
         return self.last if not self.connections else info("RUNNING")
 
     def get_job_logs(self, job):
-        return "one\nheadway: stopped; the ledger says what is done\n"
+        return f"one\n{tracking.TOLD}\nheadway: stopped; the ledger says what is done\n"
 
     def stop_job(self, job):
         self.stopped.append(job)
@@ -258,9 +258,11 @@ def test_a_stop_waits_for_the_end_and_says_whether_the_ledger_knows(client, cons
     assert client.stopped == ["job1"]
     assert re.search(r"job job1: stopped in \d", said)
     assert "KILLED in the ledger" in said
-    client.get_job_logs = lambda job: "one\n"
-    assert jobs.stop_command(["job1"], console) == 0
-    assert "could not tell it; the same sweep again puts that right" in capsys.readouterr().out
+    # what the command itself says at its end is no word of the ledger, nor is what somebody's recipe prints
+    for log in ("one\n", "headway: stopped; the ledger says what is done\n", f"says: {tracking.TOLD}\n"):
+        client.get_job_logs = lambda job, log=log: log
+        assert jobs.stop_command(["job1"], console) == 0
+        assert "could not tell it; the same command again puts that right" in capsys.readouterr().out
 
 
 def test_jobs_are_listed_with_sweep_status_and_code(client, console, capsys):

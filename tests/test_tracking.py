@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import http.server
 import json
 import socket
@@ -323,6 +324,28 @@ def test_a_driver_that_was_taken_over_stops_and_touches_nothing(store, monkeypat
     parent = client.get_run(ledger.place.parent)
     assert (parent.info.status, parent.data.tags["heartbeat"]) == ("RUNNING", taken)
     assert client.get_run(theirs.runs[0]).info.status == "RUNNING"
+
+
+def test_a_driver_says_that_all_is_told_only_when_it_is(store, monkeypatch, capsys):
+    client, uri = store
+    ledger = tracking.open_sweep(client, uri, dataclasses.replace(SWEEP, name="told"))
+    runs = MemberRuns(ledger.place, Pack(members=MEMBERS[:1]), "cpu")
+    runs.close()
+    settle = functools.partial(ledger.settle, running_too=True)
+    with monkeypatch.context() as away:
+        away.setattr(tracking.MlflowClient, "set_terminated", lambda *given, **more: (_ for _ in ()).throw(OSError()))
+        ledger.end("KILLED", settle)
+        assert capsys.readouterr().err == f"{tracking.NOT_TOLD}\n"
+        ledger.untold = False
+        with pytest.raises(OSError):
+            ledger.end("FINISHED", settle)
+    ledger.end("KILLED", settle)
+    assert capsys.readouterr().err == f"{tracking.TOLD}\n"
+    assert client.get_run(runs.runs[0]).info.status == "KILLED"
+    ledger.end("FINISHED")
+    ledger.lost = True  # somebody else's to tell
+    ledger.end("KILLED")
+    assert capsys.readouterr().err == ""
 
 
 def test_sweeps_are_found_by_name_and_id(store, ledger):
