@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -117,8 +117,7 @@ def export_sweep(desk: Desk, parent: Run, sweep: Sweep, folder: Path) -> Exporte
                 lacking.append(f"{name}.parquet: no member has finished")
         if not copy_folder(client, place.parent, "report", fresh):
             lacking.append("report: there is none yet; `headway report` makes one")
-        if analysis.llc.empty:
-            lacking.append("llc.parquet, degrees.parquet: `headway probe llc` has measured none")
+        lacking += unlike(analysis, {run.info.run_id for run in finished})
         fetch(client, place.parent, "analysis/sweep.json", Path(work)).rename(fresh / "laws.json")
         entries = describe(fresh, sweep)
         (fresh / "README.txt").write_text(readme(sweep, entries, lacking))
@@ -128,6 +127,33 @@ def export_sweep(desk: Desk, parent: Run, sweep: Sweep, folder: Path) -> Exporte
         swap(fresh, folder, Path(work) / "old")
     size = sum(int(entry["bytes"]) for entry in entries)
     return Exported(folder=folder, files=len(entries) + 1, size=size, members=len(finished), lacking=lacking)
+
+
+def unlike(analysis: Analysis, finished: Collection[str]) -> list[str]:
+    """What tables lack of each other, in words: the analysis, the geometry and the curves of members were written at
+    different times. finished: runs that the ledger counts now, whose curves are written."""
+    members, found = analysis.members, list[str]()
+    known, done = (set[str](table["run_id"]) if len(table) else set[str]() for table in
+                   (members, members[members["outcome"] == "finished"] if len(members) else members))  # fmt: skip
+    measured = set(analysis.llc["run_id"]) if len(analysis.llc) else set()
+    if later := set(finished) - known:
+        found.append(
+            f"{count(len(later), 'member')} in all tables but curves and figures: finished after the analysis; "
+            "`headway analyze` adds them"
+        )
+    if gone := done - set(finished):
+        found.append(
+            f"{count(len(gone), 'member')} in curves and figures: the analysis is of runs that no longer count, as the "
+            "members were trained again; `headway analyze` puts that right"
+        )
+    if not measured:
+        found.append("llc.parquet, degrees.parquet: `headway probe llc` has measured none")
+    elif rest := done - measured:
+        found.append(
+            f"{len(rest):,} of {count(len(done), 'member')} in llc and degrees: not measured, or measured before they "
+            "were trained again; `headway probe llc` adds them"
+        )
+    return found
 
 
 def write_tables(folder: Path, analysis: Analysis) -> None:

@@ -22,6 +22,7 @@ from cluster.clean import CleanOptions, File, items
 from cluster.cli import main
 from cluster.compare import QUANTITIES, correlation, gap_interval, newcombe, take_side
 from cluster.compare_page import cells, verdict, write_page
+from cluster.export import unlike
 from cluster.glossary import FIGURE, OWN, explain
 from cluster.member_runs import MemberRuns
 from cluster.store import FolderStore
@@ -146,6 +147,34 @@ def test_an_export_that_fails_leaves_nothing(here, ledger, tmp_path, capsys, mon
     for arguments in (["export", "planted"], ["export"], ["export", "--out", "x"]):
         assert main(arguments) == 2
         assert "it takes a sweep and a folder" in capsys.readouterr().err
+
+
+def test_tables_of_two_moments_are_told_apart(here, ledger, tmp_path, capsys):
+    """Runs that count now, against those of an analysis and of a geometry that were written before."""
+    made = planted_sweep(seeds=4, widths=(16,), rates=(0.001,))
+    table = made.members.assign(run_id=list("abcd"), outcome=["finished"] * 3 + ["diverged"])
+    llc = pd.DataFrame({"run_id": ["a", "b", "c"]})
+    older = dataclasses.replace(made, members=table, llc=llc)
+    assert unlike(older, {"a", "b", "c"}) == []
+    (later,) = unlike(older, {"a", "b", "c", "e", "f"})
+    assert later.startswith("2 members in all tables but curves and figures: finished after the analysis")
+    gone, *_ = unlike(older, {"a", "b"})
+    assert gone.startswith("1 member in curves and figures: the analysis is of runs that no longer count")
+    (rest,) = unlike(dataclasses.replace(older, llc=llc[:1]), {"a", "b", "c"})
+    assert rest.startswith("2 of 3 members in llc and degrees: not measured, or measured before")
+    assert unlike(dataclasses.replace(older, llc=llc[:0]), {"a", "b", "c"}) == [
+        "llc.parquet, degrees.parquet: `headway probe llc` has measured none"
+    ]
+    _, sweep, held = ledger
+    runs = MemberRuns(held.place, Pack(members=validate(dataclasses.replace(sweep, seeds=3))[-1:]), "cpu")
+    runs.close()
+    stored = held.client.search_runs([held.place.experiment], "status = 'FINISHED' and tags.kind = 'member'")[0]
+    folder = held.client.download_artifacts(stored.info.run_id, "", str(tmp_path))
+    held.client.log_artifacts(runs.runs[0], folder)
+    held.client.set_terminated(runs.runs[0], "FINISHED")
+    assert main(["export", "planted", str(tmp_path / "out")]) == 0
+    assert "left out: 1 member in all tables but curves and figures" in capsys.readouterr().out
+    held.client.delete_run(runs.runs[0])
 
 
 def test_a_column_is_explained_by_table_axis_or_as_a_figure():
