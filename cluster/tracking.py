@@ -46,7 +46,9 @@ EXPERIMENT = "headway"
 DEFAULT_URI = "sqlite:///mlflow.db"
 SERVER_WAIT = 5.0  # seconds to answer before a tracking server counts as unreachable
 HEARTBEAT = 10.0  # seconds between heartbeats of the driver
-DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead
+DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead, ...
+SILENT_AFTER = 3600.0  # ... or this, where its process is seen to live: it may be stopped, or wait for a disk
+SLACK = 10.0  # seconds by which the clocks of heartbeats and of processes may differ
 PAGE = 5000  # runs in one answer
 BATCH = 1000  # metrics in one request, MLflow's limit
 PARENT, KIND = "mlflow.parentRunId", "kind"
@@ -427,19 +429,29 @@ def driver_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{process_space()}:{uuid.uuid4().hex[:6]}"
 
 
-def is_gone(driver: str) -> bool:
-    """Whether a driver was a process of this very machine and is no more; False where that cannot be known from here.
+def lives_here(driver: str, beat: float) -> bool | None:
+    """Whether a driver that was heard at the Unix time `beat` is a living process of this very machine; False where it
+    was one and is no more, None where that cannot be known from here.
 
-    A host's name does not say as much: two containers may share it and have process numbers of their own.
+    A host's name does not say as much: two containers may share it and have process numbers of their own. A process
+    that was begun after the beat only has the number of the driver.
     """
     parts = driver.split(":")
     if len(parts) != 4 or not parts[2] or parts[2] != process_space():
-        return False
+        return None
     try:
-        state = Path(f"/proc/{int(parts[1])}/stat").read_text().rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{int(parts[1])}/stat").read_text().rpartition(")")[2].split()
+        dead = fields[0] in "ZX"  # Z: its parent has not asked how it ended
+        return not dead and last_boot() + int(fields[19]) / os.sysconf("SC_CLK_TCK") < beat + SLACK
     except (OSError, ValueError, IndexError):  # hidden from us, where it is somebody else's: a signal of 0 is not
-        return not process_lives(parts[1])
-    return state in "ZX"  # dead, and its parent has not asked how it ended
+        return None if process_lives(parts[1]) else False
+
+
+@functools.cache
+def last_boot() -> float:
+    """Unix time of the machine's last start, from which the kernel counts processes' times. ValueError if untold."""
+    told = dict(line.split(maxsplit=1) for line in Path("/proc/stat").read_text().splitlines())
+    return float(told.get("btime", ""))
 
 
 def process_lives(number: str) -> bool:
@@ -454,17 +466,23 @@ def process_lives(number: str) -> bool:
 
 
 def require_free(parent: Run) -> None:
-    """Raise TrackingError while another driver's heartbeat is fresh and its process is not known to be gone."""
+    """Raise TrackingError while another driver holds the sweep: its process is not known to be gone, and its heartbeat
+    is fresh. For another process that is seen to live on this machine, an hour is fresh."""
     beat = parent.data.tags.get("heartbeat", "")
     if not beat:
         return
     when, _, driver = beat.partition(" ")
-    age = time.time() - float(when)
-    if age < DEAD_AFTER and not is_gone(driver):
-        raise TrackingError(
-            f"sweep {parent.data.tags['sweep_id']} is held by driver {driver} (heartbeat {age:.0f} s ago); "
-            f"wait for it, or {DEAD_AFTER:.0f} s after its last heartbeat"
-        )
+    age, lives = time.time() - float(when), lives_here(driver, float(when))
+    number = driver.split(":")[1] if lives else ""
+    if lives is False or age >= (SILENT_AFTER if lives and number != str(os.getpid()) else DEAD_AFTER):
+        return
+    held = f"sweep {parent.data.tags['sweep_id']} is held by driver {driver} (heartbeat {age:.0f} s ago"
+    if age < DEAD_AFTER:
+        raise TrackingError(f"{held}); wait for it, or {DEAD_AFTER:.0f} s after its last heartbeat")
+    raise TrackingError(
+        f"{held}, but its process {number} lives on this machine); end that process, or wait until it has been silent "
+        f"for {SILENT_AFTER / 60:.0f} min"
+    )
 
 
 def log_points(client: MlflowClient, run_id: str, points: Mapping[str, Mapping[int, float]], time_ms: int) -> None:
