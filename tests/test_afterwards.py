@@ -419,6 +419,21 @@ def test_what_nobody_needs_goes_and_the_rest_by_age_and_budget(tmp_path):
     }  # fmt: skip
 
 
+def test_no_budget_takes_a_checkpoint_that_cannot_be_read(tmp_path):
+    """Its manifest may be unreadable for now: only age takes it. It counts as room that is taken."""
+    files = FolderStore(tmp_path)
+    kept(files, "a", ["a"], 10, days=3)
+    kept(files, "b", ["b"], 10, days=1)
+    (tmp_path / "checkpoints" / "a-000000010.json").write_text("{")
+    os.utime(tmp_path / "checkpoints" / "a-000000010.json", (time.time() - 3 * clean.DAY,) * 2)
+    sizes = {file.name[12:13]: file.size for file in clean.listing(str(tmp_path)) if file.name.endswith(".npz")}
+    room = 1.5 * (sizes["a"] + sizes["b"]) / 1e9
+    assert chosen(tmp_path, budget=0.0) == {("b-000000010", clean.OVER)}
+    assert chosen(tmp_path, budget=1.5 * sizes["b"] / 1e9) == {("b-000000010", clean.OVER)}
+    assert chosen(tmp_path, budget=room) == set()
+    assert chosen(tmp_path, older_than=2.0) == {("a-000000010", clean.OLD), ("a-000000010.npz", clean.OLD)}
+
+
 def test_members_that_would_begin_anew_are_those_that_lose_their_furthest_point(tmp_path):
     files = FolderStore(tmp_path)
     kept(files, "p", ["a", "b"], 10)
@@ -458,6 +473,14 @@ def test_cleaning_asks_first_and_leaves_sweeps_that_are_held_alone(here, ledger,
     assert list((root / "checkpoints").iterdir()) == []
     assert main(["clean", "--yes"]) == 0
     assert "nothing to clean" in capsys.readouterr().out
+    kept(FolderStore(root), "torn", [member.id for member in validate(sweep)], 10)
+    (root / "checkpoints" / "torn-000000010.json").write_text("{")
+    assert main(["clean", "--yes", "--budget", "0"]) == 0
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "2 files of checkpoints whose manifest cannot be read" in said
+    assert "no budget takes these, as they may be sound" in said
+    assert len(list((root / "checkpoints").iterdir())) == 2
+    shutil.rmtree(root)
     for flags, message in (
         (["--older-than", "-1"], "older_than: -1.0 is not"),
         (["--budget", "nan"], "budget: nan is"),
