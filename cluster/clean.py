@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster import tracking
-from cluster.arguments import StoreOptions, parse
+from cluster.arguments import StoreOptions, leading, parse
 from cluster.driver import Desk, Settings
 from cluster.findings import plural
 from cluster.pack import warn
@@ -87,8 +87,8 @@ class File:
 
 def clean_command(arguments: Sequence[str], console: Console) -> int:
     """`headway clean`: 0 also where the answer is no."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    rest = arguments[1:] if name else arguments
+    names, rest = leading(arguments)
+    name = names[0] if names else None
     options = parse(CleanOptions, rest, CleanOptions(), "headway clean", CLEAN_HELP)
     settings = Settings(tracking_uri=options.tracking_uri, out=options.out, store=options.store)
     client, uri = ledger(options)

@@ -27,7 +27,7 @@ headway COMMAND ...
   ui                    MLflow's pages on this machine, with a link to the comparison
   server                an MLflow server on this machine, for a cluster's workers
   search RECIPE ...     let Optuna look for the best values of any fields
-  submit RECIPE ...     `sweep` as a job of a Ray cluster
+  submit RECIPE ...     `sweep` as a job of a Ray cluster; `submit search RECIPE ...`: `search`
   jobs [JOB]            a cluster's jobs, or one followed
   stop JOB              stop a job; the ledger is told, the same sweep goes on later
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cluster import tracking
 from cluster.analysis import load_analysis, load_sweep_config
-from cluster.arguments import StoreOptions, make_sweep, named, open_named, parse, sweep_form
+from cluster.arguments import StoreOptions, leading, make_sweep, named, open_named, parse, sweep_form
 from cluster.display import Terminal, count, duration, show_plan, width_summary
 from cluster.driver import Outcome, Settings, analyze_again, make_report, run_sweep
 from cluster.plan import make_plan
@@ -117,7 +117,7 @@ def show_outcome(console: Console, sweep: Sweep, settings: Settings, outcome: Ou
 def analyze_command(arguments: Sequence[str], console: Console) -> int:
     """`headway analyze`."""
     text = "Work out timescales again, from the tables of the members that are done, and write the report again."
-    name, options = named(arguments, AnalyzeOptions(), "headway analyze", text)
+    (name,), options = named(arguments, AnalyzeOptions(), "headway analyze", text)
     settings = Settings(tracking_uri=options.tracking_uri, out=options.out, address=options.address)
     desk, parent, sweep = open_named(name, settings)
     with Terminal(console) as display:
@@ -128,7 +128,9 @@ def analyze_command(arguments: Sequence[str], console: Console) -> int:
 
 def report_command(arguments: Sequence[str], console: Console) -> int:
     """`headway report`."""
-    name, options = named(arguments, StoreOptions(), "headway report", "Write the report again from the last analysis.")
+    (name,), options = named(
+        arguments, StoreOptions(), "headway report", "Write the report again from the last analysis."
+    )
     desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
     place = tracking.Place(uri=desk.uri, experiment=desk.experiment, parent=parent.info.run_id)
     path = make_report(desk, sweep, place, load_analysis(desk.client, place.parent))
@@ -138,20 +140,19 @@ def report_command(arguments: Sequence[str], console: Console) -> int:
 
 def status_command(arguments: Sequence[str], console: Console) -> int:
     """`headway status`."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    rest = arguments[1:] if name else arguments
+    names, rest = leading(arguments)
     options = parse(StoreOptions, rest, StoreOptions(), "headway status", "Sweeps in the ledger, or members of one.")
     uri = tracking.resolve_uri(options.tracking_uri)
     client = tracking.connect(uri, make=False)
     experiment = tracking.experiment_id(client, uri)
-    if name is None:
+    if not names:
         table = Table("sweep", "system", "status", "begun", "code")
         for run in tracking.find_sweeps(client, experiment):
             tags = run.data.tags
             table.add_row(tags["sweep_id"], tags["system"], run.info.status, when(run), tags["code_version"])
         console.print(table)
         return 0
-    parent = tracking.find_sweep(client, experiment, name)
+    parent = tracking.find_sweep(client, experiment, *names)
     sweep = load_sweep_config(client, parent.info.run_id)
     place = tracking.Place(uri=uri, experiment=experiment, parent=parent.info.run_id)
     show_members(console, sweep, tracking.children(client, place))

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.analysis import load_analysis
-from cluster.arguments import StoreOptions, open_named, parse
+from cluster.arguments import StoreOptions, named, open_named
 from cluster.compare import QUANTITIES, Row, Side, cell, compare, design, differences, take_side, to_frame
 from cluster.driver import Desk, Settings, comparison_hint
 from cluster.figures import COLOURS, INK, count_text, new_figure, plain
@@ -43,12 +43,9 @@ MOST = 24  # rows shown in the terminal
 
 def compare_command(arguments: Sequence[str], console: Console) -> int:
     """`headway compare`."""
-    names = list(arguments[:2])
-    if len(names) < 2 or any(name.startswith("-") for name in names):
-        asks = {"-h", "--help"} & set(arguments)
-        parse(StoreOptions, ["--help"] if asks else [], StoreOptions(), "headway compare A B", COMPARE_HELP)
-        raise ValueError("compare: it takes two sweeps or points: headway compare A B")
-    options = parse(StoreOptions, arguments[2:], StoreOptions(), "headway compare A B", COMPARE_HELP)
+    names, options = named(
+        arguments, StoreOptions(), "headway compare", COMPARE_HELP, ("A", "B"), "two sweeps or points"
+    )
     settings = Settings(tracking_uri=options.tracking_uri, out=options.out)
     desk, a = open_side("A", names[0], settings)
     _, b = open_side("B", names[1], settings)

@@ -99,7 +99,12 @@ def settle_resources(wanted: float | None) -> dict[str, float]:
 
 def nodes() -> list[dict[str, float]]:
     """Resources of the nodes that are alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in alive()]
+
+
+def alive() -> list[dict[str, Any]]:
+    """What Ray tells of each node that is alive."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def slots(resources: Mapping[str, float]) -> int:

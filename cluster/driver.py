@@ -19,7 +19,7 @@ from mlflow.entities import Run
 from cluster import analysis as analyses
 from cluster import tracking
 from cluster.analysis import Analysis
-from cluster.dispatch import find_room, make_pools, ray_cluster, run_packs, settle_resources, slots
+from cluster.dispatch import alive, find_room, make_pools, ray_cluster, run_packs, settle_resources, slots
 from cluster.geometry import with_tables
 from cluster.nodes import require_shared
 from cluster.pack import Pace, warn
@@ -156,7 +156,7 @@ def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
         warn_of_code(parent)
     display.stage("starting Ray")
     with ray_cluster(settings.address, settings.workers):
-        require_shared([node for node in ray.nodes() if node["Alive"]], settings)  # type: ignore[no-untyped-call]
+        require_shared(alive(), settings)
         resources = settle_resources(settings.gpus)
         for member in members:
             require_computable(member.config, "cuda" if "GPU" in resources else "cpu")

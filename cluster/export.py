@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cluster import tracking
 from cluster.analysis import Analysis, load_analysis, member_keys
-from cluster.arguments import StoreOptions, open_named, parse
+from cluster.arguments import StoreOptions, named, open_named
 from cluster.display import count
 from cluster.driver import Desk, Settings
 from cluster.encoding import encode
@@ -66,15 +66,12 @@ class Exported:
 
 def export_command(arguments: Sequence[str], console: Console) -> int:
     """`headway export`."""
-    names = list(arguments[:2])
-    if len(names) < 2 or any(name.startswith("-") for name in names):
-        asks = {"-h", "--help"} & set(arguments)
-        parse(StoreOptions, ["--help"] if asks else [], StoreOptions(), "headway export SWEEP DIR", EXPORT_HELP)
-        raise ValueError("export: it takes a sweep and a folder: headway export SWEEP DIR")
-    options = parse(StoreOptions, arguments[2:], StoreOptions(), "headway export SWEEP DIR", EXPORT_HELP)
-    folder = Path(names[1]).expanduser().absolute()
+    (name, target), options = named(
+        arguments, StoreOptions(), "headway export", EXPORT_HELP, ("SWEEP", "DIR"), "a sweep and a folder"
+    )
+    folder = Path(target).expanduser().absolute()
     require_own(folder)
-    desk, parent, sweep = open_named(names[0], Settings(tracking_uri=options.tracking_uri, out=options.out))
+    desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
     done = export_sweep(desk, parent, sweep, folder)
     for text in done.lacking:
         console.print(f"left out: {text}")

@@ -314,7 +314,7 @@ def lacking(pilot: Pilot, options: PlanOptions) -> list[str]:
 
 def plan_command(arguments: Sequence[str], console: Console) -> int:
     """`headway plan`."""
-    name, options = named(arguments, PlanOptions(), "headway plan", PLAN_HELP)
+    (name,), options = named(arguments, PlanOptions(), "headway plan", PLAN_HELP)
     desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
     pilot = read_pilot(sweep, load_analysis(desk.client, parent.info.run_id))
     console.print(

@@ -368,7 +368,7 @@ def test_patience_goes_from_the_command_line_to_all_that_wait(monkeypatch):
         seen.update(watches=progress.watches, searcher=how.search_alg)
 
     monkeypatch.setattr(searches, "ray_cluster", lambda *given: contextlib.nullcontext())
-    for name, value in (("settle_resources", Shop.resources), ("open_shelf", None), ("slots", 1)):
+    for name, value in (("settle_resources", Shop.resources), ("open_shelf", None), ("slots", 1), ("alive", [])):
         monkeypatch.setattr(searches, name, lambda *given, value=value: value)
     monkeypatch.setattr(dispatch.tune, "with_parameters", lambda call, context: seen.update(context=context))
     monkeypatch.setattr(dispatch, "run_trials", run_trials)
