@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,7 @@ DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead, ...
 SILENT_AFTER = 3600.0  # ... or this, where its process is seen to live: it may be stopped, or wait for a disk
 SLACK = 10.0  # seconds by which the clocks of heartbeats and of processes may differ
 PAGE = 5000  # runs in one answer
+FEW = 64  # members whose runs are looked up one by one
 BATCH = 1000  # metrics in one request, MLflow's limit
 PARENT, KIND = "mlflow.parentRunId", "kind"
 TOLD = "headway: the ledger is told: members that were at work are KILLED"  # a stopped driver's last word on it
@@ -202,7 +203,11 @@ class Ledger:
 
         running_too: also end runs left RUNNING by workers that are gone. Call it only while no worker is at work.
         """
-        runs = children(self.client, self.place)
+        return self.settle_runs(children(self.client, self.place), running_too)
+
+    def settle_runs(self, runs: Iterable[Run], running_too: bool) -> dict[str, Run]:
+        """`settle`, of the sweep's runs as they have just been looked up."""
+        runs = list(runs)
         kept = counted(runs)
         for run in runs if not self.lost else ():
             member = run.data.tags["member_id"]
@@ -284,6 +289,15 @@ class Ledger:
 def children(client: MlflowClient, place: Place) -> list[Run]:
     """The members' runs of a sweep, deleted ones left out."""
     return search(client, place.experiment, f"tags.`{PARENT}` = '{place.parent}'")
+
+
+def own_children(client: MlflowClient, place: Place, members: Collection[str]) -> list[Run]:
+    """The runs of a few members of a sweep, in a look-up for each: a store finds these far sooner than it tells of ten
+    thousand; where there are more than `FEW`, of all."""
+    if len(members) > FEW:
+        return [run for run in children(client, place) if run.data.tags["member_id"] in members]
+    own = f"tags.`{PARENT}` = '{place.parent}' and tags.member_id = "
+    return [run for member in members for run in search(client, place.experiment, f"{own}'{member}'")]
 
 
 def counted(runs: Iterable[Run]) -> dict[str, Run]:

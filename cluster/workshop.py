@@ -118,8 +118,8 @@ class Workshop:
 
     def settle(self, sweep: Sweep, ledger: Ledger, pruned: bool) -> Verdict:
         """Judge a point by its runs, while no worker is at work on it, and end its own run."""
-        counted, members = ledger.settle(running_too=True), sweep.members()
-        runs = tracking.children(self.desk.client, ledger.place)
+        runs, members = tracking.children(self.desk.client, ledger.place), sweep.members()
+        counted = ledger.settle_runs(runs, running_too=True)
         missing = [member for member in members if member.id not in counted]
         flags = {"point": sweep.id, "run": ledger.place.parent, "interrupted": len(runs) > len(members)}
         if missing:

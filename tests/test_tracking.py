@@ -115,13 +115,19 @@ def test_runs_left_running_become_killed_and_their_members_are_missing(store, le
     assert client.get_run(runs.runs[0]).info.status == "KILLED"
 
 
-def test_a_new_attempt_supersedes_what_the_last_one_left(store, ledger):
+def test_a_new_attempt_supersedes_what_the_last_one_left(store, ledger, monkeypatch):
     client, _ = store
     MemberRuns(ledger.place, Pack(members=MEMBERS[:2]), "cpu").close()
     second = logged(ledger)
     runs = tracking.children(client, ledger.place)
     assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]
     assert {run.data.tags.get("superseded_by") for run in runs if run.info.status == "KILLED"} == set(second)
+    ids = [member.id for member in MEMBERS[:2]]
+    for own in (ids[:1], ids, [], ["nobody"]):
+        expected = {run.info.run_id for run in runs if run.data.tags["member_id"] in own}
+        for few in (64, 0):  # in a look-up for each, or in one for all
+            monkeypatch.setattr(tracking, "FEW", few)
+            assert {run.info.run_id for run in tracking.own_children(client, ledger.place, own)} == expected
 
 
 def test_a_diverged_member_is_failed_with_its_cause_and_settled(store, ledger):
