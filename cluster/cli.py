@@ -15,7 +15,7 @@ headway COMMAND ...
 
   recipes               the named sweeps, one line each
   sweep RECIPE ...      train a sweep, measure every head, write a report; run again to go on where it stopped
-  status [SWEEP]        sweeps in the ledger, or the members of one
+  status [SWEEP]        sweeps and searches in the ledger, or the members of one, or the points
   probe calibrate SWEEP step size and localisation for that, tried on one member
   probe llc SWEEP       learning coefficients of every head at the kept steps, and degrees of their potentials
   analyze SWEEP         work out timescales again from the tables of the members that are done

@@ -366,6 +366,15 @@ def find_sweeps(client: MlflowClient, experiment: str, name: str | None = None) 
     return sorted(runs, key=lambda run: -run.info.start_time)
 
 
+def find_searches(client: MlflowClient, experiment: str) -> dict[str, tuple[Run, list[Run]]]:
+    """Searches by run id: their own runs, and those of their points, each a sweep, oldest first."""
+    found = {run.info.run_id: (run, list[Run]()) for run in search(client, experiment, f"tags.{KIND} = 'search'")}
+    for point in reversed(find_sweeps(client, experiment)) if found else ():
+        if point.data.tags.get(PARENT) in found:
+            found[point.data.tags[PARENT]][1].append(point)
+    return found
+
+
 def last_runs(runs: Iterable[Run]) -> dict[str, Run]:
     """The latest run of each member."""
     return {run.data.tags["member_id"]: run for run in sorted(runs, key=lambda run: run.info.start_time)}
@@ -425,6 +434,11 @@ def share_view(client: MlflowClient, place: Place, sweep: Sweep) -> None:
 def comparison_path(place: Place) -> str:
     """The page of MLflow that compares the sweep's members, below the address of its server."""
     return f"/#/experiments/{place.experiment}/runs?viewStateShareKey={place.parent}&compareRunsMode=CHART"
+
+
+def run_path(place: Place) -> str:
+    """The page of MLflow of the parent run itself."""
+    return f"/#/experiments/{place.experiment}/runs/{place.parent}"
 
 
 @functools.cache

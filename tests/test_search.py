@@ -26,6 +26,7 @@ from cluster import search as searches
 from cluster import searcher as searching
 from cluster.analysis import analyze_member
 from cluster.arguments import parse, sweep_form
+from cluster.commands import status_command
 from cluster.driver import Desk, Settings
 from cluster.objectives import OBJECTIVES, WORST_SECONDS, Verdict, judge, without_pauses
 from cluster.recipes import load_sweep, quick, tiny
@@ -540,6 +541,15 @@ def test_one_driver_a_study_and_one_ledger(tmp_path, monkeypatch):
                 workshop.begin({RATE: 1e-3}, 0)
         assert workshop.begin({RATE: 1e-3}, 0) is not None  # it is not held by another driver, but by this one
         workshop.leave()
+        console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+        with console.file:
+            for name in ([], [search.name]):
+                assert status_command([*name, "--tracking-uri", desk.uri], console) == 0
+        said = console.export_text()
+        point = workshop.point({RATE: 1e-3}).id
+        assert f"{search.name} (1 point)" in said  # a search is listed once, and its points when it is named
+        assert said.index(search.name) < said.index(point)
+        assert said.count(point) == 1
         (parent,) = tracking.find_sweeps(desk.client, desk.experiment)
         assert (parent.info.status, parent.data.tags["heartbeat"]) == ("KILLED", "")
     run = desk.client.get_run(study.user_attrs["run"])
