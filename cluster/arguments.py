@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -109,12 +110,30 @@ def make_sweep(options: Any, default: Sweep) -> Sweep:
     return Sweep(**{**values, "axes": {**default.axes, **parse_axes(options.axis)}})
 
 
-def named(arguments: Sequence[str], options: Any, prog: str, description: str) -> tuple[str, Any]:
-    """The sweep's name, which comes first, and the options after it."""
-    if not arguments or arguments[0].startswith("-"):
-        parse(type(options), ["--help"] if {"-h", "--help"} & set(arguments) else [], options, prog, description)
-        raise ValueError(f"sweep: none given; it must be a name or an id: {prog} SWEEP")
-    return arguments[0], parse(type(options), arguments[1:], options, f"{prog} {arguments[0]}", description)
+def leading(arguments: Sequence[str], most: int = 1) -> tuple[list[str], list[str]]:
+    """The names that stand before all flags, at most so many, and what comes after."""
+    names = list(itertools.takewhile(lambda text: not text.startswith("-"), arguments[:most]))
+    return names, list(arguments[len(names) :])
+
+
+def require_names(
+    arguments: Sequence[str], prog: str, places: Sequence[str], takes: str
+) -> tuple[list[str], list[str]]:
+    """The names that come first, one for each place, and what comes after; ValueError where one is missing, unless help
+    is asked for."""
+    names, rest = leading(arguments, len(places))
+    if len(names) < len(places) and not {"-h", "--help"} & set(rest):
+        raise ValueError(f"{prog.rsplit(maxsplit=1)[-1]}: it takes {takes}: {prog} {' '.join(places)}")
+    return names, rest
+
+
+def named(
+    arguments: Sequence[str], options: Any, prog: str, description: str, places: Sequence[str] = ("SWEEP",),
+    takes: str = "a sweep, by name or id",
+) -> tuple[list[str], Any]:  # fmt: skip
+    """The names that come first, one for each place, and the options after them."""
+    names, rest = require_names(arguments, prog, places, takes)
+    return names, parse(type(options), rest, options, " ".join([prog, *names, *places[len(names) :]]), description)
 
 
 def open_named(name: str, settings: Settings) -> tuple[Desk, Run, Sweep]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from cluster.analysis import Analysis
-from cluster.compare import ALPHA, LATER, QUANTITIES, Row, Side, adjusted, cell, compare, is_paired
+from cluster.compare import ALPHA, LATER, QUANTITIES, Row, Side, adjusted, cell, compare, is_paired, least_p
 from cluster.figures import COLOURS, GREY, INK, new_figure, plain
 from cluster.findings import ROWS, Table, evenly, more, number_text, plural
 from cluster.intervals import CONFIDENCE
@@ -83,15 +83,9 @@ class Contrast:
         found = f"(p = {number_text(row.p, '.2g')}, adjusted {number_text(row.adjusted, '.2g')})"
         if row.shown:
             return f"a difference is shown {found}"
-        if row.p <= self.least_p(row) * (1 + 1e-9):
+        if row.p <= least_p(row.n_a, row.n_b, row.pairs) * (1 + 1e-9):
             return f"no difference is shown, but so few members can give no lower p {found}"
         return f"no difference is shown {found}"
-
-    def least_p(self, row: Row) -> float:
-        """The least p that so many members can give: of one arrangement, and its mirror image where there is one."""
-        if self.paired:
-            return float(2.0 ** (1 - min(row.n_a, row.n_b)))
-        return (2 if row.n_a == row.n_b else 1) / math.comb(row.n_a + row.n_b, row.n_a)
 
 
 def told(setting: Setting) -> str:
@@ -206,7 +200,9 @@ class AxesSection:
             f"{' or '.join(how)}, at a false discovery rate of {ALPHA:.0%} over {plural(len(tested), 'test')}. A "
             "difference that is not shown is not excluded: its interval says how large it may be."
         ]
-        least = [[contrast.least_p(row) for row in contrast.rows if not row.reason] for contrast in found]
+        least = [
+            [least_p(row.n_a, row.n_b, row.pairs) for row in contrast.rows if not row.reason] for contrast in found
+        ]
         powerless = sum(bool(each) and min(each) >= ALPHA for each in least)
         if powerless:
             which = "any contrast" if powerless == len(found) else plural(powerless, "contrast")

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster import tracking
-from cluster.arguments import StoreOptions, parse
+from cluster.arguments import StoreOptions, leading, parse
 from cluster.driver import Desk, Settings
 from cluster.findings import plural
 from cluster.pack import warn
@@ -46,7 +46,8 @@ class CleanOptions(StoreOptions):
     older_than: float | None = None
     """Days: checkpoints of unfinished members that are older go too."""
     budget: float | None = None
-    """Gigabytes that checkpoints of unfinished members may take, of all the sweeps looked at; the oldest go first."""
+    """Gigabytes that checkpoints of unfinished members may take, of all the sweeps looked at; the oldest go first, and
+    never one whose manifest cannot be read."""
     yes: bool = False
     """Do not ask."""
 
@@ -61,7 +62,7 @@ class Item:
     """What stands or goes as one: a checkpoint (manifest and tensors), or a file by itself.
 
     files: names in the store of `sweep`; time: of the youngest, Unix seconds; unfinished: members that would lose it as
-    their furthest point; kept: a running member needs it.
+    their furthest point; kept: a running member needs it; unread: of a checkpoint whose manifest cannot be read.
     """
 
     sweep: str
@@ -71,6 +72,7 @@ class Item:
     time: float
     unfinished: frozenset[str] = frozenset()
     kept: bool = False
+    unread: bool = False
     why: str = ""
 
 
@@ -85,8 +87,8 @@ class File:
 
 def clean_command(arguments: Sequence[str], console: Console) -> int:
     """`headway clean`: 0 also where the answer is no."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    rest = arguments[1:] if name else arguments
+    names, rest = leading(arguments)
+    name = names[0] if names else None
     options = parse(CleanOptions, rest, CleanOptions(), "headway clean", CLEAN_HELP)
     settings = Settings(tracking_uri=options.tracking_uri, out=options.out, store=options.store)
     client, uri = ledger(options)
@@ -96,6 +98,13 @@ def clean_command(arguments: Sequence[str], console: Console) -> int:
         tracking.find_sweep(client, desk.experiment, name)  # says which there are
     found = [item for parent in parents for item in look(desk, parent, console)]
     doomed = choose(found, options, time.time())
+    going = {(item.sweep, item.files) for item in doomed}
+    unread = [item for item in found if item.unread and (item.sweep, item.files) not in going]
+    if options.budget is not None and unread:
+        console.print(
+            f"{plural(len(unread), 'file')} of checkpoints whose manifest cannot be read "
+            f"({sum(item.size for item in unread) / 1e6:.1f} MB): no budget takes these, as they may be sound"
+        )
     if not doomed:
         left = sum(item.size for item in found)
         console.print(f"nothing to clean; {plural(len(found), 'checkpoint')} in use, {left / 1e6:.1f} MB")
@@ -162,8 +171,11 @@ def items(
     known = {file.name for file in files}
     for file in left.values():  # a manifest that cannot be read now, and its tensors, may be sound: they stay until old
         paired = {f"{file.name.rpartition('.')[0]}{ending}" for ending in (".json", ".npz")} <= known
-        why = "" if paired or (file.name.endswith(".json") and not temporary(file.name)) else LEFT
-        found.append(Item(sweep=sweep, store=store, files=(file.name,), size=file.size, time=file.time, why=why))
+        unread = paired or (file.name.endswith(".json") and not temporary(file.name))
+        found.append(Item(
+            sweep=sweep, store=store, files=(file.name,), size=file.size, time=file.time, unread=unread,
+            why="" if unread else LEFT,
+        ))  # fmt: skip
     return found
 
 
@@ -185,7 +197,8 @@ def listing(store: str) -> Iterator[File]:
 
 
 def choose(found: Sequence[Item], options: CleanOptions, now: float) -> list[Item]:
-    """What goes, each with its reason. Within the budget the youngest stay; what running members need counts too."""
+    """What goes, each with its reason. Within the budget the youngest stay; what running members need counts too, and
+    so does what cannot be read: no budget takes either."""
     doomed, rest = list[Item](), list[Item]()
     for item in found:
         if item.kept:
@@ -199,8 +212,9 @@ def choose(found: Sequence[Item], options: CleanOptions, now: float) -> list[Ite
         else:
             rest.append(item)
     if options.budget is not None:
-        left = options.budget * 1e9 - sum(item.size for item in rest if item.kept)
-        for item in sorted((item for item in rest if not item.kept), key=lambda item: -item.time):
+        staying = [item for item in rest if item.kept or item.unread]
+        left = options.budget * 1e9 - sum(item.size for item in staying)
+        for item in sorted((item for item in rest if item not in staying), key=lambda item: -item.time):
             left -= item.size
             if left < 0:
                 doomed.append(replace(item, why=OVER))

@@ -15,7 +15,7 @@ headway COMMAND ...
 
   recipes               the named sweeps, one line each
   sweep RECIPE ...      train a sweep, measure every head, write a report; run again to go on where it stopped
-  status [SWEEP]        sweeps in the ledger, or the members of one
+  status [SWEEP]        sweeps and searches in the ledger, or the members of one, or the points
   probe calibrate SWEEP step size and localisation for that, tried on one member
   probe llc SWEEP       learning coefficients of every head at the kept steps, and degrees of their potentials
   probe transfer SWEEP  finished members on another number or density of particles, without training
@@ -28,7 +28,7 @@ headway COMMAND ...
   ui                    MLflow's pages on this machine, with a link to the comparison
   server                an MLflow server on this machine, for a cluster's workers
   search RECIPE ...     let Optuna look for the best values of any fields
-  submit RECIPE ...     `sweep` as a job of a Ray cluster
+  submit RECIPE ...     `sweep` as a job of a Ray cluster; `submit search RECIPE ...`: `search`
   jobs [JOB]            a cluster's jobs, or one followed
   stop JOB              stop a job; the ledger is told, the same sweep goes on later
 

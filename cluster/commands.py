@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich.console import Console
 from rich.markup import escape
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from cluster import tracking
 from cluster.analysis import load_analysis, load_sweep_config
-from cluster.arguments import StoreOptions, make_sweep, named, open_named, parse, sweep_form
+from cluster.arguments import StoreOptions, leading, make_sweep, named, open_named, parse, sweep_form
 from cluster.display import Terminal, count, duration, show_plan, width_summary
 from cluster.driver import Outcome, Settings, analyze_again, make_report, run_sweep
 from cluster.plan import make_plan
@@ -24,6 +25,7 @@ from cluster.recipes import RECIPES, load_sweep
 from cluster.server import serve_mlflow
 from cluster.sizing import Room, require_computable
 from cluster.sweep import Sweep, packs, validate
+from cluster.tracking import PARENT
 
 SWEEP_HELP = """Train a sweep, measure every head as it learns, and write a report.
 
@@ -117,7 +119,7 @@ def show_outcome(console: Console, sweep: Sweep, settings: Settings, outcome: Ou
 def analyze_command(arguments: Sequence[str], console: Console) -> int:
     """`headway analyze`."""
     text = "Work out timescales again, from the tables of the members that are done, and write the report again."
-    name, options = named(arguments, AnalyzeOptions(), "headway analyze", text)
+    (name,), options = named(arguments, AnalyzeOptions(), "headway analyze", text)
     settings = Settings(tracking_uri=options.tracking_uri, out=options.out, address=options.address)
     desk, parent, sweep = open_named(name, settings)
     with Terminal(console) as display:
@@ -128,7 +130,9 @@ def analyze_command(arguments: Sequence[str], console: Console) -> int:
 
 def report_command(arguments: Sequence[str], console: Console) -> int:
     """`headway report`."""
-    name, options = named(arguments, StoreOptions(), "headway report", "Write the report again from the last analysis.")
+    (name,), options = named(
+        arguments, StoreOptions(), "headway report", "Write the report again from the last analysis."
+    )
     desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
     place = tracking.Place(uri=desk.uri, experiment=desk.experiment, parent=parent.info.run_id)
     path = make_report(desk, sweep, place, load_analysis(desk.client, place.parent))
@@ -138,24 +142,53 @@ def report_command(arguments: Sequence[str], console: Console) -> int:
 
 def status_command(arguments: Sequence[str], console: Console) -> int:
     """`headway status`."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    rest = arguments[1:] if name else arguments
-    options = parse(StoreOptions, rest, StoreOptions(), "headway status", "Sweeps in the ledger, or members of one.")
+    names, rest = leading(arguments)
+    options = parse(
+        StoreOptions,
+        rest,
+        StoreOptions(),
+        "headway status",
+        "Sweeps and searches in the ledger, or members or points of one.",
+    )
     uri = tracking.resolve_uri(options.tracking_uri)
     client = tracking.connect(uri, make=False)
     experiment = tracking.experiment_id(client, uri)
-    if name is None:
-        table = Table("sweep", "system", "status", "begun", "code")
-        for run in tracking.find_sweeps(client, experiment):
-            tags = run.data.tags
-            table.add_row(tags["sweep_id"], tags["system"], run.info.status, when(run), tags["code_version"])
-        console.print(table)
+    if not names:
+        show_list(console, listed(client, experiment))
         return 0
-    parent = tracking.find_sweep(client, experiment, name)
+    for run, points in tracking.find_searches(client, experiment).values():
+        if names[0] in (run.data.tags["sweep_id"], run.info.run_id):
+            console.print(f"[bold]{escape(run.data.tags['sweep_id'])}[/bold]")
+            show_list(console, [(point, None) for point in points])
+            return 0
+    parent = tracking.find_sweep(client, experiment, *names)
     sweep = load_sweep_config(client, parent.info.run_id)
     place = tracking.Place(uri=uri, experiment=experiment, parent=parent.info.run_id)
     show_members(console, sweep, tracking.children(client, place))
     return 0
+
+
+def listed(client: MlflowClient, experiment: str) -> list[tuple[Run, int | None]]:
+    """Sweeps, and searches with the number of their points, which are no entries of their own; newest first."""
+    searches = tracking.find_searches(client, experiment)
+    sweeps = [run for run in tracking.find_sweeps(client, experiment) if run.data.tags.get(PARENT) not in searches]
+    found = [(run, None) for run in sweeps] + [(run, len(points)) for run, points in searches.values()]
+    return sorted(found, key=lambda each: -each[0].info.start_time)
+
+
+def entry_name(run: Run, points: int | None) -> str:
+    """`quick-1234abcd`, or of a search `NAME (24 points)`."""
+    return escape(run.data.tags["sweep_id"] + ("" if points is None else f" ({count(points, 'point')})"))
+
+
+def show_list(console: Console, entries: Sequence[tuple[Run, int | None]]) -> None:
+    """Sweeps and searches, a row each."""
+    several = any(points is not None for _, points in entries)
+    table = Table("sweep or search" if several else "sweep", "system", "status", "begun", "code")
+    for run, points in entries:
+        tags = run.data.tags
+        table.add_row(entry_name(run, points), tags["system"], run.info.status, when(run), tags["code_version"])
+    console.print(table)
 
 
 def when(run: Run) -> str:
@@ -201,9 +234,10 @@ def ui_command(arguments: Sequence[str], console: Console) -> int:
     client = tracking.connect(uri, make=False)
     experiment = tracking.experiment_id(client, uri)
     base = uri.rstrip("/") if uri.startswith("http") else f"http://{options.host}:{options.port}"
-    for run in tracking.find_sweeps(client, experiment)[:10]:
+    for run, points in listed(client, experiment)[:10]:
         place = tracking.Place(uri=uri, experiment=experiment, parent=run.info.run_id)
-        console.print(f"{run.data.tags['sweep_id']}: {base}{tracking.comparison_path(place)}", soft_wrap=True)
+        path = tracking.comparison_path(place) if points is None else tracking.run_path(place)
+        console.print(f"{entry_name(run, points)}: {base}{path}", soft_wrap=True)
     if not uri.startswith("http"):
         serve_mlflow(uri, options.host, options.port)
     return 0

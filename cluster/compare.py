@@ -45,6 +45,7 @@ QUANTITIES = (
     Quantity(name="heads_that_matter", words="heads that matter a member"),
     Quantity(name="validation_loss", words="validation loss at the end", scale="log"),
 )
+TESTS = len(QUANTITIES) + 1  # that `compare` makes at a point
 LATER = "whether and when: level, none counted as later"
 
 
@@ -154,7 +155,8 @@ def is_paired(a: Side, b: Side) -> bool:
 class Row:
     """One quantity at one point. a, b, gap: estimate and ends of the interval, gap = B / A on a log scale, else B - A.
 
-    p: of the permutation test, NaN with a reason; adjusted: over all rows (Benjamini and Hochberg).
+    pairs: how many seeds both sides have a value of, where these are paired; gap and p are then of these alone. p: of
+    the permutation test, NaN with a reason; adjusted: over all rows (Benjamini and Hochberg).
     """
 
     point: str
@@ -162,6 +164,7 @@ class Row:
     scale: Scale
     n_a: int
     n_b: int
+    pairs: int
     a: tuple[float, float, float]
     b: tuple[float, float, float]
     gap: tuple[float, float, float]
@@ -181,6 +184,24 @@ class Row:
             return f"not tested: {self.reason}"
         found = f"p = {number_text(self.p, '.2g')}, adjusted {number_text(self.adjusted, '.2g')}"
         return f"{'shown' if self.shown else 'not shown'} ({found})"
+
+
+def design(a: Side, b: Side) -> str:
+    """How members are exchanged between the sides, in words."""
+    if is_paired(a, b):
+        return (
+            "within each seed that both sides have (pairs), as seeds share their data order; the difference is of these"
+        )
+    return "between the two sides, as their seeds share no data order"
+
+
+def matched(a: pd.DataFrame, b: pd.DataFrame, paired: bool) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+    """Members of the seeds that both sides have, by seed, and how many these are; all, and 0, where none is paired."""
+    common = set(a["seed"]) & set(b["seed"]) if paired else set()
+    if not common:
+        return a, b, 0
+    first, second = (table[table["seed"].isin(common)].sort_values("seed") for table in (a, b))
+    return first, second, len(common)
 
 
 def compare(a: Side, b: Side, quantities: Sequence[Quantity] = QUANTITIES) -> list[Row]:
@@ -218,43 +239,54 @@ def _row(label: str, item: Quantity, a: pd.DataFrame, b: pd.DataFrame, paired: b
     x, y = (table[[item.name, "seed"]].dropna() for table in (a, b))
     if item.scale == "log":
         x, y = (table[table[item.name] > 0] for table in (x, y))
-    first, second = (table[item.name].to_numpy(float) for table in (x, y))
     interval = INTERVALS[item.scale]
-    logs = tuple(np.log(values) if item.scale == "log" else values for values in (first, second))
-    seeds = x["seed"].to_numpy(), y["seed"].to_numpy()
-    p, reason = _permuted(logs, seeds, paired)
+    *own, pairs = matched(x, y, paired)
+    first, second = (table[item.name].to_numpy(float) for table in own)
+    if item.scale == "log":
+        first, second = np.log(first), np.log(second)
+    p, reason = _permuted((first, second), pairs)
     gap = (math.nan, math.nan, math.nan)
     if first.size and second.size:
-        gap = newcombe(first, second) if item.scale == "share" else gap_interval(logs, seeds, paired)
+        gap = (newcombe if item.scale == "share" else gap_interval)(first, second, pairs > 0)
         gap = tuple(map(math.exp, gap)) if item.scale == "log" else gap  # type: ignore[assignment]
     return Row(
-        point=label, quantity=item.words, scale=item.scale, n_a=len(x), n_b=len(y), a=interval(first.tolist()),
-        b=interval(second.tolist()), gap=gap, p=p, reason=reason,
+        point=label, quantity=item.words, scale=item.scale, n_a=len(x), n_b=len(y), pairs=pairs,
+        a=interval(x[item.name].tolist()), b=interval(y[item.name].tolist()), gap=gap, p=p, reason=reason,
     )  # fmt: skip
 
 
 def _whether_and_when(label: str, a: pd.DataFrame, b: pd.DataFrame, paired: bool) -> Row:
     """A log-rank test: members without a detector are censored at their last step."""
-    both = pd.concat([a, b])
+    first, second, pairs = matched(a, b, paired)
+    both = pd.concat([first, second])
     status = np.where(both["level"].notna(), "emerged", "never")
     times = both["level"].fillna(both["last_step"]).to_numpy(float)
     scores = log_rank_scores(np.maximum(times, STEP_ZERO), status.tolist())
-    parts, seeds = [scores[: len(a)], scores[len(a) :]], [a["seed"].to_numpy(), b["seed"].to_numpy()]
-    p, reason = _permuted(parts, seeds, paired)
+    p, reason = _permuted((scores[: len(first)], scores[len(first) :]), pairs)
     none = (math.nan, math.nan, math.nan)
     return Row(
-        point=label, quantity=LATER, scale="plain", n_a=len(a), n_b=len(b), a=none, b=none, gap=none, p=p, reason=reason
-    )
+        point=label, quantity=LATER, scale="plain", n_a=len(a), n_b=len(b), pairs=pairs, a=none, b=none, gap=none, p=p,
+        reason=reason,
+    )  # fmt: skip
 
 
-def _permuted(values: Sequence[Values], seeds: Sequence[NDArray[Any]], paired: bool) -> tuple[float, str]:
-    """p of exchanging members between the sides, or why there is none."""
+def _permuted(values: Sequence[Values], pairs: int) -> tuple[float, str]:
+    """p of exchanging members between the sides, within so many pairs or (0) freely; or why there is none."""
     if not all(part.size for part in values):
         return math.nan, "no member has a value on one side"
+    if pairs == 1:
+        return math.nan, "1 seed in common, fewer than 2"
     side = np.repeat([1.0, 2.0], [part.size for part in values])
-    cluster = np.concatenate(list(seeds)) if paired else np.arange(side.size)
+    cluster = np.tile(np.arange(pairs), 2) if pairs else np.arange(side.size)
     test = permutation_test(side, np.concatenate(list(values)), cluster)
     return test.p_value, test.refusal
+
+
+def least_p(n_a: int, n_b: int, pairs: int) -> float:
+    """The least p that so many members can give: of one arrangement, and its mirror image where there is one."""
+    if pairs:
+        return float(2.0 ** (1 - pairs))
+    return (2 if n_a == n_b else 1) / math.comb(n_a + n_b, n_a)
 
 
 def share_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -276,21 +308,36 @@ INTERVALS: Mapping[Scale, Callable[[Sequence[float]], tuple[float, float, float]
 }  # fmt: skip
 
 
-def newcombe(a: Values, b: Values) -> tuple[float, float, float]:
-    """B - A of two shares with Newcombe's hybrid score interval (1998, method 10)."""
+def newcombe(a: Values, b: Values, paired: bool) -> tuple[float, float, float]:
+    """B - A of two shares with Newcombe's hybrid score interval (1998, Statistics in Medicine 17:873, method 10).
+
+    paired: values `[n]` of the same seeds in the same order, with their correlation (there, 17:2635, method 10).
+    """
     (p, p_low, p_high), (q, q_low, q_high) = share_interval(a.tolist()), share_interval(b.tolist())
-    low, high = math.hypot(q - q_low, p_high - p), math.hypot(q_high - q, p - p_low)
+    phi = correlation(a, b) if paired else 0.0
+    low, high = (
+        math.sqrt(max(x**2 - 2 * phi * x * y + y**2, 0.0))
+        for x, y in ((q - q_low, p_high - p), (q_high - q, p - p_low))
+    )
     return q - p, q - p - low, q - p + high
 
 
-def gap_interval(values: Sequence[Values], seeds: Sequence[NDArray[Any]], paired: bool) -> tuple[float, float, float]:
-    """B - A with its interval: Student's t over the differences of seeds where paired, else Welch's."""
+def correlation(a: Values, b: Values) -> float:
+    """Of pairs of 0 and 1, drawn towards 0 from above as in Newcombe's method 10; 0 where one side is all alike."""
+    both, first, second = float(a @ b), float(a @ (1 - b)), float((1 - a) @ b)
+    neither = a.size - both - first - second
+    margins = (both + first) * (second + neither) * (both + second) * (first + neither)
+    if margins == 0.0:
+        return 0.0
+    product = both * neither - first * second
+    return (max(product - a.size / 2, 0.0) if product > 0 else product) / math.sqrt(margins)
+
+
+def gap_interval(a: Values, b: Values, paired: bool) -> tuple[float, float, float]:
+    """B - A with its interval: Student's t over the differences of pairs, given in the same order, or Welch's."""
     if paired:
-        first, second = (dict(zip(s.tolist(), v.tolist(), strict=True)) for s, v in zip(seeds, values, strict=True))
-        common = sorted(set(first) & set(second))
-        if len(common) > 1:
-            return mean_interval([second[seed] - first[seed] for seed in common])
-    (a, b), (n, m) = values, (values[0].size, values[1].size)
+        return mean_interval((b - a).tolist())
+    n, m = a.size, b.size
     gap = float(b.mean() - a.mean())
     if min(n, m) < 2 or np.ptp(a) + np.ptp(b) == 0.0:
         return gap, math.nan, math.nan
@@ -338,5 +385,6 @@ def to_frame(rows: Sequence[Row]) -> pd.DataFrame:
             for end, value in zip(("", "_low", "_high"), getattr(row, name), strict=True)
         }
         own = {"point": row.point, "quantity": row.quantity, "scale": row.scale, "n_a": row.n_a, "n_b": row.n_b}
+        own["pairs"] = row.pairs
         body.append({**own, **ends, "p": row.p, "p_adjusted": row.adjusted, "shown": row.shown, "reason": row.reason})
     return pd.DataFrame(body)

@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.analysis import load_analysis
-from cluster.arguments import StoreOptions, open_named, parse
-from cluster.compare import QUANTITIES, Row, Side, cell, compare, differences, is_paired, take_side, to_frame
+from cluster.arguments import StoreOptions, named, open_named
+from cluster.compare import QUANTITIES, Row, Side, cell, compare, design, differences, take_side, to_frame
 from cluster.driver import Desk, Settings, comparison_hint
 from cluster.figures import COLOURS, INK, count_text, new_figure, plain
 from cluster.findings import plural
@@ -34,8 +34,8 @@ COMPARE_HELP = f"""Two sweeps side by side, or two points, named SWEEP@AXIS=VALU
   headway compare width@width=64,train.learning_rate=0.001 width@width=64,train.learning_rate=0.004
 
 Points are compared where both have them. Intervals are {CONFIDENCE:.0%} over members; p by exchanging members between
-A and B, within each seed where seeds share their data order; what is called shown stays so at a false discovery
-rate of {1 - CONFIDENCE:.0%} over all rows.
+A and B, within each seed that both have where seeds share their data order; what is called shown stays so at a
+false discovery rate of {1 - CONFIDENCE:.0%} over all rows.
 """
 FILES = ("compare.html", "compare.png", "compare.parquet")
 MOST = 24  # rows shown in the terminal
@@ -43,12 +43,9 @@ MOST = 24  # rows shown in the terminal
 
 def compare_command(arguments: Sequence[str], console: Console) -> int:
     """`headway compare`."""
-    names = list(arguments[:2])
-    if len(names) < 2 or any(name.startswith("-") for name in names):
-        asks = {"-h", "--help"} & set(arguments)
-        parse(StoreOptions, ["--help"] if asks else [], StoreOptions(), "headway compare A B", COMPARE_HELP)
-        raise ValueError("compare: it takes two sweeps or points: headway compare A B")
-    options = parse(StoreOptions, arguments[2:], StoreOptions(), "headway compare A B", COMPARE_HELP)
+    names, options = named(
+        arguments, StoreOptions(), "headway compare", COMPARE_HELP, ("A", "B"), "two sweeps or points"
+    )
     settings = Settings(tracking_uri=options.tracking_uri, out=options.out)
     desk, a = open_side("A", names[0], settings)
     _, b = open_side("B", names[1], settings)
@@ -75,9 +72,10 @@ def open_side(label: str, name: str, settings: Settings) -> tuple[Desk, Side]:
 
 def cells(row: Row) -> list[str]:
     """A row of the table."""
+    members = f"{row.n_a}, {row.n_b}" + (f"; {row.pairs} in pairs" if row.pairs else "")
     sign = "x " if row.scale == "log" and math.isfinite(row.gap[0]) else ""
     return [
-        row.point, row.quantity, f"{row.n_a}, {row.n_b}", cell(row.a, row.scale), cell(row.b, row.scale),
+        row.point, row.quantity, members, cell(row.a, row.scale), cell(row.b, row.scale),
         sign + cell(row.gap, row.scale, ratio=True), row.words,
     ]  # fmt: skip
 
@@ -123,6 +121,7 @@ def show(console: Console, a: Side, b: Side, rows: Sequence[Row], differs: Seque
         console.print(f"  {escape(name)}: {escape(first)} against {escape(second)}", soft_wrap=True)
     if not differs:
         console.print("  no field of the configs differs")
+    console.print(f"  p: members exchanged {design(a, b)}", soft_wrap=True)
     table = Table(*COLUMNS)
     for row in rows[:MOST]:
         table.add_row(*map(escape, cells(row)))
@@ -182,10 +181,9 @@ def write_page(folder: Path, a: Side, b: Side, rows: Sequence[Row], differs: Seq
         )
         picture = take_picture(fresh, "compare", draw(a, b, rows), caption, "Both sides by point")
         to_frame(rows).to_parquet(fresh / "compare.parquet", index=False)
-        how = "within each seed, as seeds share their data order" if is_paired(a, b) else "between the two sides"
         page = template("compare.html.j2").render(
             a=a, b=b, differs=differs, columns=COLUMNS, rows=[cells(row) for row in rows], picture=picture,
-            verdict=verdict(rows), how=how, confidence=CONFIDENCE, plural=plural,
+            verdict=verdict(rows), how=design(a, b), confidence=CONFIDENCE, plural=plural,
         )  # fmt: skip
         (fresh / "compare.html").write_text(page, encoding="utf-8")
         swap(fresh, folder, Path(work) / "old")

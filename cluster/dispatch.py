@@ -36,7 +36,6 @@ from sim.pool import Pool
 
 LOST = "the worker kept failing"
 RETRIES = 12  # of one trial; a pack gives up by itself sooner, after three failures at one step
-PLACES_WAIT = 300.0  # seconds without a node that a trial fits on, unless told otherwise
 LOOK_EVERY = 1.0  # seconds between looks at whether trials can go on
 
 OnReport = Callable[[Report], None]
@@ -46,7 +45,7 @@ Watch = Callable[[], None]
 class Places:
     """Raises BrokenOffError once no node has had room for a trial for `patience` seconds: Tune would wait for ever."""
 
-    def __init__(self, resources: Mapping[str, float], patience: float = PLACES_WAIT) -> None:
+    def __init__(self, resources: Mapping[str, float], patience: float) -> None:
         self.resources, self.patience, self.seen = resources, patience, time.monotonic()
 
     def __call__(self) -> None:
@@ -100,7 +99,12 @@ def settle_resources(wanted: float | None) -> dict[str, float]:
 
 def nodes() -> list[dict[str, float]]:
     """Resources of the nodes that are alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in alive()]
+
+
+def alive() -> list[dict[str, Any]]:
+    """What Ray tells of each node that is alive."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def slots(resources: Mapping[str, float]) -> int:
@@ -229,8 +233,9 @@ def run_points(
     on_report: OnReport,
     searcher: Searcher,
     stopper: Stopper | None = None,
+    watch: Watch = lambda: None,
 ) -> None:
-    """Run one trial for each point that the searcher suggests, until it has none left."""
+    """Run one trial for each point that the searcher suggests, until it has none left. watch: as in `run_packs`."""
 
     def lost(config: Mapping[str, Any]) -> Report:
         first = json.loads(config["point"])["packs"][0]
@@ -239,7 +244,7 @@ def run_points(
     run_trials(
         tune.with_parameters(train_point, context=context),
         resources,
-        _Progress(on_report, lost, (Places(resources),)),
+        _Progress(on_report, lost, (watch, Places(resources, context.patience))),
         TuneConfig(reuse_actors=True, search_alg=searcher, num_samples=-1),
         stop=stopper,
     )

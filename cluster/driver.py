@@ -15,12 +15,11 @@ from typing import Protocol
 import ray
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 
 from cluster import analysis as analyses
 from cluster import tracking
 from cluster.analysis import Analysis
-from cluster.dispatch import find_room, make_pools, ray_cluster, run_packs, settle_resources, slots
+from cluster.dispatch import alive, find_room, make_pools, ray_cluster, run_packs, settle_resources, slots
 from cluster.geometry import with_tables
 from cluster.nodes import require_shared
 from cluster.pack import Pace, warn
@@ -157,7 +156,7 @@ def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
         warn_of_code(parent)
     display.stage("starting Ray")
     with ray_cluster(settings.address, settings.workers):
-        require_shared([node for node in ray.nodes() if node["Alive"]], settings)  # type: ignore[no-untyped-call]
+        require_shared(alive(), settings)
         resources = settle_resources(settings.gpus)
         for member in members:
             require_computable(member.config, "cuda" if "GPU" in resources else "cpu")
@@ -179,13 +178,7 @@ def held_ledger(desk: Desk, sweep: Sweep) -> Iterator[Ledger]:
         raise RuntimeError(f"the sweep was broken off by {error!r}") from error
     finally:
         ray.shutdown()
-        try:
-            ledger.settle(running_too=True)
-            ledger.close(status)
-        except (MlflowException, OSError):
-            if status == "FINISHED":
-                raise
-            warn("the ledger cannot be told how this ended; the same command does so when it goes on")
+        ledger.end(status, functools.partial(ledger.settle, running_too=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +197,14 @@ def _run(job: Job) -> Outcome:
     start = time.monotonic()
     if job.desk.settings.redo:
         retire(job)
-    counted = settled(job)
+    counted, last = settled(job)
     missing = [member for member in job.members if member.id not in counted]
     if missing:
-        train(job, missing)
-        counted = settled(job)
+        counted, last = train(job, missing)
     lost = {member.id for member in job.members} - counted.keys()
+    over = [run for member, run in last.items() if member not in counted]  # FAILED, or KILLED by now
     analysis, report = tracking.patiently(
-        lambda: analyze(job.desk, job.sweep, job.ledger.place, counted, job.display),
+        lambda: analyze(job.desk, job.sweep, job.ledger.place, counted, over, job.display),
         job.desk.uri,
         job.desk.settings.patience,
     )
@@ -225,19 +218,22 @@ def _run(job: Job) -> Outcome:
     )
 
 
-def settled(job: Job) -> dict[str, Run]:
-    """The run that counts for each settled member, all others told truthfully. No worker may be at work."""
-    settle = functools.partial(job.ledger.settle, running_too=True)
+def settled(job: Job) -> tuple[dict[str, Run], dict[str, Run]]:
+    """The run that counts for each settled member, and the last of every member as it was found; all others are told
+    truthfully. One look-up. No worker may be at work."""
+
+    def settle() -> tuple[dict[str, Run], dict[str, Run]]:
+        runs = tracking.children(job.ledger.client, job.ledger.place)
+        return job.ledger.settle_runs(runs, running_too=True), tracking.last_runs(runs)
+
     return tracking.patiently(settle, job.desk.uri, job.desk.settings.patience)
 
 
 def analyze(
-    desk: Desk, sweep: Sweep, place: Place, counted: Mapping[str, Run], display: Display
+    desk: Desk, sweep: Sweep, place: Place, counted: Mapping[str, Run], lost: Sequence[Run], display: Display
 ) -> tuple[Analysis, Path]:
-    """Tables over all counted members, and over those of which every run failed; and the report."""
+    """Tables over all counted members, and over those of which every run failed (`lost`: the last); and the report."""
     display.stage("analysing heads")
-    last = tracking.last_runs(tracking.children(desk.client, place))
-    lost = [run for member, run in last.items() if member not in counted and run.info.status in ("FAILED", "KILLED")]
     analysis = analyses.analyze_sweep(desk.client, place, sweep, counted, lost, display.analyzed)
     display.stage("writing the report")
     return analysis, make_report(desk, sweep, place, analysis)
@@ -247,9 +243,11 @@ def analyze_again(desk: Desk, parent: Run, sweep: Sweep, display: Display) -> Ou
     """Analysis and report of what the ledger has, whether or not a driver is at work."""
     start = time.monotonic()
     place = Place(uri=desk.uri, experiment=desk.experiment, parent=parent.info.run_id)
-    counted = tracking.counted(tracking.children(desk.client, place))
+    runs = tracking.children(desk.client, place)
+    counted, last = tracking.counted(runs), tracking.last_runs(runs)
+    lost = [run for member, run in last.items() if member not in counted and run.info.status in ("FAILED", "KILLED")]
     with ray_cluster(desk.settings.address, desk.settings.workers):
-        analysis, report = analyze(desk, sweep, place, counted, display)
+        analysis, report = analyze(desk, sweep, place, counted, lost, display)
     return Outcome(place=place, analysis=analysis, report=report, trained=0, failed=0, seconds=time.monotonic() - start)
 
 
@@ -264,8 +262,8 @@ def retire(job: Job) -> None:
         checkpoint.remove(files, manifest.name)
 
 
-def train(job: Job, missing: Sequence[Member]) -> None:
-    """Pack what is missing, from the furthest checkpoints, and run the packs."""
+def train(job: Job, missing: Sequence[Member]) -> tuple[dict[str, Run], dict[str, Run]]:
+    """Pack what is missing, from the furthest checkpoints, and run the packs; what is `settled` then."""
     store = job.desk.store(job.sweep)
     files = open_store(store)
     forget_attempts(files)
@@ -289,7 +287,9 @@ def train(job: Job, missing: Sequence[Member]) -> None:
         job.ledger.require_heard(context.patience)
 
     run_packs(context, job.resources, job.display.progress, watch)
-    drop_checkpoints(files, settled(job).keys())
+    counted, last = settled(job)
+    drop_checkpoints(files, counted.keys())
+    return counted, last
 
 
 def warn_of_code(parent: Run) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cluster import tracking
 from cluster.analysis import Analysis, load_analysis, member_keys
-from cluster.arguments import StoreOptions, open_named, parse
+from cluster.arguments import StoreOptions, named, open_named
 from cluster.display import count
 from cluster.driver import Desk, Settings
 from cluster.encoding import encode
@@ -66,15 +66,12 @@ class Exported:
 
 def export_command(arguments: Sequence[str], console: Console) -> int:
     """`headway export`."""
-    names = list(arguments[:2])
-    if len(names) < 2 or any(name.startswith("-") for name in names):
-        asks = {"-h", "--help"} & set(arguments)
-        parse(StoreOptions, ["--help"] if asks else [], StoreOptions(), "headway export SWEEP DIR", EXPORT_HELP)
-        raise ValueError("export: it takes a sweep and a folder: headway export SWEEP DIR")
-    options = parse(StoreOptions, arguments[2:], StoreOptions(), "headway export SWEEP DIR", EXPORT_HELP)
-    folder = Path(names[1]).expanduser().absolute()
+    (name, target), options = named(
+        arguments, StoreOptions(), "headway export", EXPORT_HELP, ("SWEEP", "DIR"), "a sweep and a folder"
+    )
+    folder = Path(target).expanduser().absolute()
     require_own(folder)
-    desk, parent, sweep = open_named(names[0], Settings(tracking_uri=options.tracking_uri, out=options.out))
+    desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
     done = export_sweep(desk, parent, sweep, folder)
     for text in done.lacking:
         console.print(f"left out: {text}")
@@ -117,9 +114,7 @@ def export_sweep(desk: Desk, parent: Run, sweep: Sweep, folder: Path) -> Exporte
                 lacking.append(f"{name}.parquet: no member has finished")
         if not copy_folder(client, place.parent, "report", fresh):
             lacking.append("report: there is none yet; `headway report` makes one")
-        if analysis.llc.empty:
-            lacking.append("llc.parquet, degrees.parquet: `headway probe llc` has measured none")
-        lacking += analysis.left_out
+        lacking += [*analysis.left_out, *unlike(analysis, {run.info.run_id for run in finished})]
         fetch(client, place.parent, "analysis/sweep.json", Path(work)).rename(fresh / "laws.json")
         entries = describe(fresh, sweep)
         (fresh / "README.txt").write_text(readme(sweep, entries, lacking))
@@ -129,6 +124,33 @@ def export_sweep(desk: Desk, parent: Run, sweep: Sweep, folder: Path) -> Exporte
         swap(fresh, folder, Path(work) / "old")
     size = sum(int(entry["bytes"]) for entry in entries)
     return Exported(folder=folder, files=len(entries) + 1, size=size, members=len(finished), lacking=lacking)
+
+
+def unlike(analysis: Analysis, finished: Collection[str]) -> list[str]:
+    """What tables lack of each other, in words: the analysis, the geometry and the curves of members were written at
+    different times. finished: runs that the ledger counts now, whose curves are written."""
+    members, found = analysis.members, list[str]()
+    known, done = (set[str](table["run_id"]) if len(table) else set[str]() for table in
+                   (members, members[members["outcome"] == "finished"] if len(members) else members))  # fmt: skip
+    measured = set(analysis.llc["run_id"]) if len(analysis.llc) else set()
+    if later := set(finished) - known:
+        found.append(
+            f"{count(len(later), 'member')} in all tables but curves and figures: finished after the analysis; "
+            "`headway analyze` adds them"
+        )
+    if gone := done - set(finished):
+        found.append(
+            f"{count(len(gone), 'member')} in curves and figures: the analysis is of runs that no longer count, as the "
+            "members were trained again; `headway analyze` puts that right"
+        )
+    if not measured:
+        found.append("llc.parquet, degrees.parquet: `headway probe llc` has measured none")
+    elif rest := done - measured:
+        found.append(
+            f"{len(rest):,} of {count(len(done), 'member')} in llc and degrees: not measured, or measured before they "
+            "were trained again; `headway probe llc` adds them"
+        )
+    return found
 
 
 def write_tables(folder: Path, analysis: Analysis) -> None:

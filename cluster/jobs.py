@@ -1,4 +1,4 @@
-"""Sweeps as jobs of a Ray cluster: submit, follow, list, stop."""
+"""Sweeps and searches as jobs of a Ray cluster: submit, follow, list, stop."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -27,15 +27,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.arguments import make_sweep, one_line, parse, sweep_form, wide_terminal
-from cluster.display import duration
+from cluster.arguments import (
+    leading,
+    make_sweep,
+    named,
+    one_line,
+    parse,
+    require_names,
+    sweep_form,
+    wide_terminal,
+)
+from cluster.display import count, duration
 from cluster.outside import PACKAGES, sources
 from cluster.recipes import load_sweep
 from cluster.sweep import Sweep, validate
+from cluster.tracking import TOLD
 from sim.checks import require
-
-if TYPE_CHECKING:
-    pass
 
 for _name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of every upload
@@ -46,17 +53,20 @@ NO_AGENT = "No available agent"  # says Ray where it will have one soon
 LOST_AFTER = 60.0  # seconds without a connection after which a job is followed no longer
 STOPPED = 130  # exit code of a job that was stopped, as of a command that was interrupted
 
-SUBMIT_HELP = """Run `headway sweep` as a job of a Ray cluster and follow its log; the exit code is the job's.
+SUBMIT_HELP = """Run `headway sweep`, or `headway search`, as a job of a Ray cluster and follow its log; the exit code
+is the job's.
 
-Every flag of `headway sweep RECIPE --help` is allowed beside these. Where the recipe, its system or its probes are of
-your own package, that is sent along; name with --ship what else these import. For example
+Every flag of `headway sweep RECIPE --help`, or of `headway search RECIPE --help`, is allowed beside these. Where the
+recipe, its system or its probes are of your own package, that is sent along; name with --ship what else these import.
+For example
 
   headway submit quick --seeds 8 --address http://HOST:8265 --tracking-uri http://MLFLOW:5000 --out /shared/headway
+  headway submit search quick --widths 32 --space train.learning_rate=1e-4..1e-2:log --address ...
 
 Ctrl-C leaves the job running. The same command again goes on where a job was stopped or lost.
 """
 JOBS_HELP = "List the jobs of a Ray cluster, or follow one: its log from the start; the exit code is the job's."
-STOP_HELP = "Stop a job. Its members at work become KILLED in the ledger; submitting the same sweep again goes on."
+STOP_HELP = "Stop a job. Its members at work become KILLED in the ledger; the same command again goes on."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +79,7 @@ class ClusterOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubmitOptions(ClusterOptions):
-    """Where a sweep runs as a job, what is sent along, and where its output goes."""
+    """Where a sweep or a search runs as a job, what is sent along, and where its output goes."""
 
     out: str | None = None
     """Folder for reports and, unless `store` is given, checkpoints: absolute, as the cluster sees it."""
@@ -87,23 +97,24 @@ class SubmitOptions(ClusterOptions):
 
 def submit_command(arguments: Sequence[str], console: Console) -> int:
     """`headway submit`."""
-    recipe, rest = named("recipe", arguments, "headway submit")
-    prog = f"headway submit {recipe or 'RECIPE'}"
-    if recipe is None or {"-h", "--help"} & set(rest):
-        parse(SubmitOptions, ["--help"], SubmitOptions(), prog, SUBMIT_HELP)
-    options, overrides = split_arguments(rest, prog)
+    command, told = (arguments[0], arguments[1:]) if arguments and arguments[0] in READ else ("sweep", arguments)
+    prog = f"headway submit {command}".removesuffix(" sweep")
+    names, rest = require_names(told, prog, ("RECIPE",), "a recipe")
+    if {"-h", "--help"} & set(rest):
+        parse(SubmitOptions, ["--help"], SubmitOptions(), f"{prog} {' '.join(names or ['RECIPE'])}", SUBMIT_HELP)
+    (recipe,), (options, overrides) = names, split_arguments(rest, prog)
     require_lasting(options)
-    sweep = read_sweep(recipe, overrides, prog)
-    files = own_files(recipe, sweep, options.ship)
+    work = READ[command](recipe, overrides, f"{prog} {recipe}")
+    files = own_files(recipe, work.sweep, options.ship)
     client = open_jobs(options.address)
     with staged(files, options.installed) as folder, plain_errors(client.get_address()):
         job = submit_when_ready(
             client,
-            entrypoint=entrypoint(recipe, overrides, options),
+            entrypoint=entrypoint(command, recipe, overrides, options),
             runtime_env=runtime_env(options, folder),
-            metadata={"sweep": sweep.id},
+            metadata={"sweep": work.name},
         )
-    console.print(f"job {job}: sweep {escape(sweep.id)}, {len(sweep.members()):,} members")
+    console.print(f"job {job}: {command} {escape(work.name)}, {work.extent}")
     if options.wait:
         return follow(client, job, console)
     tell_more(job, client, console)
@@ -120,15 +131,6 @@ def submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:
             if NO_AGENT not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(2.0)
-
-
-def named(what: str, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
-    """The name that comes first (None where help is asked for), and the options after it. Or ValueError."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], list(arguments[1:])
-    if not {"-h", "--help"} & set(arguments):
-        raise ValueError(f"{what}: none given; it comes first: {prog} {what.upper()} ...")
-    return None, list(arguments)
 
 
 def split_arguments(arguments: Sequence[str], prog: str) -> tuple[SubmitOptions, list[str]]:
@@ -158,16 +160,41 @@ def is_absolute(path: str | None) -> bool:
     return path is not None and PurePosixPath(path).is_absolute()
 
 
-def read_sweep(recipe: str, overrides: Sequence[str], prog: str) -> Sweep:
-    """The sweep as the job will read it. ValueError for whatever the job would refuse."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a job will do, as it will read it: its name in the ledger, a sweep that has its recipe's system and probes,
+    and its extent in words."""
+
+    name: str
+    sweep: Sweep
+    extent: str
+
+
+def read_search(recipe: str, overrides: Sequence[str], prog: str) -> Work:
+    """A search as the job will read it. ValueError for whatever the job would refuse."""
+    from cluster.search_config import parse_search
+
+    search = parse_search([recipe, *overrides])
+    require(search.settings.workers is None, "workers", search.settings.workers, "left out for a job")
+    storage = search.options.storage or "sqlite:////"
+    lasting = is_absolute(storage.removeprefix("sqlite:///")) if storage.startswith("sqlite:") else "://" in storage
+    allowed = "a database URL such as sqlite:////ABSOLUTE/PATH, as the folder that a job works in is deleted after it"
+    require(lasting, "storage", storage, allowed)
+    return Work(name=search.name, sweep=search.sweep, extent=count(search.options.points, "point"))
+
+
+def read_sweep(recipe: str, overrides: Sequence[str], prog: str) -> Work:
+    """A sweep as the job will read it. ValueError for whatever the job would refuse."""
     default = load_sweep(recipe)
     form, filled = sweep_form(default)
     options = parse(form, overrides, filled, prog, SUBMIT_HELP)
     require(not options.dry_run, "dry_run", True, "left out; `headway sweep RECIPE --dry-run` plans without a cluster")
     require(options.settings.workers is None, "workers", options.settings.workers, "left out for a job")
     sweep = make_sweep(options, default)
-    validate(sweep)
-    return sweep
+    return Work(name=sweep.id, sweep=sweep, extent=count(len(validate(sweep)), "member"))
+
+
+READ: Mapping[str, Callable[[str, Sequence[str], str], Work]] = {"sweep": read_sweep, "search": read_search}
 
 
 def own_files(recipe: str, sweep: Sweep, ship: Sequence[Path]) -> list[Path]:
@@ -179,11 +206,11 @@ def own_files(recipe: str, sweep: Sweep, ship: Sequence[Path]) -> list[Path]:
     return [*stored, *ship, *(path for path in found if path.resolve() not in shipped)]
 
 
-def entrypoint(recipe: str, overrides: Sequence[str], options: SubmitOptions) -> str:
+def entrypoint(command: str, recipe: str, overrides: Sequence[str], options: SubmitOptions) -> str:
     """The job's command. The tracking URI, which may hold a password, goes by `runtime_env` instead."""
     recipe = Path(recipe).name if recipe.endswith(".json") else recipe
     store = ["--store", options.store] if options.store else []
-    return shlex.join(["python", "-m", "cluster.cli", "sweep", recipe, *overrides, "--out", str(options.out), *store])
+    return shlex.join(["python", "-m", "cluster.cli", command, recipe, *overrides, "--out", str(options.out), *store])
 
 
 def runtime_env(options: SubmitOptions, folder: Path | None) -> dict[str, Any]:
@@ -307,11 +334,10 @@ def plain_errors(url: str) -> Iterator[None]:
 
 def jobs_command(arguments: Sequence[str], console: Console) -> int:
     """`headway jobs`."""
-    job = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    rest = arguments[1:] if job else arguments
+    names, rest = leading(arguments)
     options = parse(ClusterOptions, rest, ClusterOptions(), "headway jobs", JOBS_HELP)
     client = open_jobs(options.address)
-    if job is not None:
+    for job in names:
         with plain_errors(client.get_address()):
             submitted = client.get_job_info(job).type == JobType.SUBMISSION
         require(submitted, "job", job, "one that was submitted")
@@ -332,8 +358,7 @@ def jobs_command(arguments: Sequence[str], console: Console) -> int:
 
 def stop_command(arguments: Sequence[str], console: Console) -> int:
     """`headway stop`: 0 once the job has ended, 1 if it has not within the grace period."""
-    job, rest = named("job", arguments, "headway stop")
-    options = parse(ClusterOptions, rest, ClusterOptions(), f"headway stop {job or 'JOB'}", STOP_HELP)
+    (job,), options = named(arguments, ClusterOptions(), "headway stop", STOP_HELP, ("JOB",), "a job")
     client, begun = open_jobs(options.address), time.monotonic()
     with plain_errors(client.get_address()):
         if not client.stop_job(job):
@@ -344,12 +369,12 @@ def stop_command(arguments: Sequence[str], console: Console) -> int:
                 console.print(f"[red]job {job} has not ended[/red] after {duration(time.monotonic() - begun)}")
                 return 1
             time.sleep(0.2)
-        told = "headway: stopped" in client.get_job_logs(job)
+        told = TOLD in map(str.strip, client.get_job_logs(job).splitlines())
     console.print(f"job {job}: {str(client.get_job_info(job).status).lower()} in {time.monotonic() - begun:.1f} s")
     if told:
-        console.print("members at work are KILLED in the ledger; the same sweep again goes on from their checkpoints")
+        console.print("members at work are KILLED in the ledger; the same command again goes on from their checkpoints")
     else:
-        console.print("it had not opened the ledger, or could not tell it; the same sweep again puts that right")
+        console.print("it had not opened the ledger, or could not tell it; the same command again puts that right")
     return 0
 
 

@@ -10,7 +10,15 @@ which the sandwich of `probes.scaling.fit_width_law` estimates on about nu Satte
 for this design, a member a cluster: Bell and McCaffrey 2002). Under an exponent g the t statistic is noncentral,
 t' ~ t(nu, g / se), and the power of the two-sided test at level a is P(|t'| > t_{nu, 1 - a/2}). The same for the
 difference d of two means of n members each, of standard deviation s: t' ~ t(2n - 2, d / (s sqrt(2/n))).
-Simulated sweeps through `fit_width_law` itself check this (tests).
+
+Where seeds share their data order (`data.order = "seed"`), what the members of a seed have in common cancels in slopes
+and differences: s is then the deviation about the means of settings and of seeds, a seed is a cluster, and nu = n - 1.
+
+`headway compare` tests a difference by exchanging members and calls it shown at a false discovery rate q over its m
+tests of a point. A difference of one quantity alone is shown at p < q / m. Permutations have p in steps of 2^(1 - n)
+(n pairs) or 2 / (2n over n): below the n at which a step is less than q / m nothing can be shown, and above it a is the
+multiple of the step next below q / m. Exchanging members has about the power of t at that a.
+Simulated sweeps and comparisons through `fit_width_law` and the permutation test itself check this (tests).
 """
 
 from __future__ import annotations
@@ -24,10 +32,11 @@ import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from scipy import stats
+from scipy import sparse, stats
 
 from cluster.analysis import RISEN, Analysis, load_analysis
 from cluster.arguments import StoreOptions, named, open_named
+from cluster.compare import ALPHA, TESTS, least_p
 from cluster.driver import Settings
 from cluster.findings import number_text, plural
 from cluster.intervals import CONFIDENCE
@@ -58,7 +67,8 @@ class PlanOptions(StoreOptions):
     power: float = 0.8
     """Chance of seeing what is there."""
     level: float = 0.05
-    """Chance of seeing what is not there: level of the two-sided test."""
+    """Chance of seeing an exponent that is not there: level of the two-sided test. Differences are planned for what
+    `headway compare` calls shown."""
 
     def __post_init__(self) -> None:
         for name in ("exponents", "shares"):
@@ -75,10 +85,12 @@ class PlanOptions(StoreOptions):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scatter:
-    """Standard deviation within settings, pooled, on `freedom` degrees; `high`: upper end of its 90% interval."""
+    """Standard deviation within settings, pooled, on `freedom` degrees; `high`: upper end of its 90% interval.
+    paired: without what the members of a seed have in common."""
 
     deviation: float
     freedom: int
+    paired: bool = False
 
     @property
     def high(self) -> float:
@@ -89,7 +101,7 @@ class Scatter:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pilot:
     """What members of a sweep scatter by. reached: share of finished members with a detector; None where a scatter
-    cannot be told."""
+    cannot be told. shared: whether seeds share their data order."""
 
     widths: tuple[int, ...]
     members: int
@@ -97,10 +109,12 @@ class Pilot:
     reached: float
     log_level: Scatter | None
     share: Scatter | None
+    shared: bool = False
 
 
 def read_pilot(sweep: Sweep, analysis: Analysis) -> Pilot:
-    """Scatter of log levels, and of the share of a member's heads that rose, within points of the sweep."""
+    """Scatter of log levels, and of the share of a member's heads that rose, within points of the sweep: about seeds
+    too where they share their data order, for levels those of one series (differing in width alone)."""
     axes, table = list(sweep.axis_names), analysis.members
     finished = table[table["outcome"] == "finished"] if len(table) else table
     if finished.empty:
@@ -109,14 +123,17 @@ def read_pilot(sweep: Sweep, analysis: Analysis) -> Pilot:
     share = heads["status"].isin(RISEN).groupby(heads["member_id"]).mean()
     shares = finished["member_id"].map(share)
     levels = np.log(finished["level"].clip(lower=STEP_ZERO))
-    within = [finished[name] for name in axes]
+    within, seed, shared = [finished[name] for name in axes], finished["seed"], sweep.data.order == "seed"
+    series = [*(finished[name] for name in axes if name != "width"), seed]
+    same_data = shared and not any(name.startswith(("data.", "system.")) for name in axes)
     return Pilot(
         widths=tuple(sorted(int(width) for width in finished["width"].unique())),
         members=len(finished),
         settings=finished.groupby(axes).ngroups,
         reached=float(finished["level"].notna().mean()),
-        log_level=pooled(levels, within),
-        share=pooled(shares, within),
+        log_level=(scatter_in_pairs(levels, within, series) if shared else None) or pooled(levels, within),
+        share=(scatter_in_pairs(shares, within, [seed]) if same_data else None) or pooled(shares, within),
+        shared=shared,
     )
 
 
@@ -129,6 +146,25 @@ def pooled(values: pd.Series, within: Sequence[pd.Series]) -> Scatter | None:
         return None
     squares = float((groups.var(ddof=1).fillna(0.0) * (groups.size() - 1)).sum())
     return Scatter(deviation=math.sqrt(squares / freedom), freedom=freedom) if squares > 0 else None
+
+
+def scatter_in_pairs(values: pd.Series, within: Sequence[pd.Series], seeds: Sequence[pd.Series]) -> Scatter | None:
+    """Standard deviation about the sum of a mean of the setting and one of the seed, by least squares; None where that
+    leaves nothing."""
+    known = values.dropna()
+    if known.empty:
+        return None
+    setting, seed = (known.groupby([key.loc[known.index] for key in keys]).ngroup() for keys in (within, seeds))
+    (rows, settings), ones = (len(known), int(setting.max()) + 1), np.ones(2 * len(known))
+    columns = np.concatenate([setting, settings + seed])
+    means = sparse.csr_array((ones, (np.tile(np.arange(rows), 2), columns)))
+    parts = sparse.csgraph.connected_components(means.T @ means, directed=False)[0]
+    freedom = rows - (means.shape[1] - parts)
+    about = known.to_numpy(float) - known.mean()
+    squares = float(sparse.linalg.lsqr(means, about, atol=1e-12, btol=1e-12)[3] ** 2)
+    if freedom < 1 or squares <= 1e-16 * float(about @ about):
+        return None
+    return Scatter(deviation=math.sqrt(squares / freedom), freedom=freedom, paired=True)
 
 
 def slope_design(widths: Sequence[float], seeds: int) -> tuple[float, float]:
@@ -149,17 +185,30 @@ def slope_design(widths: Sequence[float], seeds: int) -> tuple[float, float]:
     return 1 / math.sqrt(spread), trace**2 / square
 
 
-def slope_power(exponent: float, scatter: float, widths: Sequence[float], seeds: int, level: float) -> float:
-    """Power of the two-sided test of an exponent, at `seeds` members a width that all get there."""
-    if seeds * len(widths) < max(MIN_CLUSTERS, 3) or seeds < 2:
+def slope_power(
+    exponent: float, scatter: float, widths: Sequence[float], seeds: int, level: float, paired: bool = False
+) -> float:
+    """Power of the two-sided test of an exponent, at `seeds` members a width that all get there. paired: the same seeds
+    at every width, and each of them a cluster."""
+    if seeds * (1 if paired else len(widths)) < max(MIN_CLUSTERS, 3) or seeds < 2:
         return 0.0
     error, freedom = slope_design(widths, seeds)
-    return t_power(exponent / (error * scatter), freedom, level)
+    return t_power(exponent / (error * scatter), seeds - 1 if paired else freedom, level)
 
 
-def mean_power(difference: float, scatter: float, seeds: int, level: float) -> float:
-    """Power of the two-sided t test of a difference of two means of `seeds` members each."""
-    return t_power(difference / (scatter * math.sqrt(2 / seeds)), 2 * seeds - 2, level) if seeds > 1 else 0.0
+def mean_power(difference: float, scatter: float, seeds: int, level: float, paired: bool = False) -> float:
+    """Power of the two-sided t test of a difference of two means of `seeds` members each, paired or not."""
+    if seeds < 2 or level <= 0:
+        return 0.0
+    return t_power(difference / (scatter * math.sqrt(2 / seeds)), (1 if paired else 2) * (seeds - 1), level)
+
+
+def attained(level: float, seeds: int, paired: bool) -> float:
+    """The largest p up to `level` that exchanging `seeds` members a side, or pairs of them, can give; 0 for none."""
+    if seeds > 60:  # steps of below 1e-17
+        return level
+    step = least_p(seeds, seeds, seeds if paired else 0)
+    return math.floor(level / step) * step
 
 
 def t_power(shift: float, freedom: float, level: float) -> float:
@@ -198,27 +247,54 @@ def needs(pilot: Pilot, options: PlanOptions) -> list[Need]:
     if level is not None and len(widths) >= MIN_WIDTHS:
         over = ", ".join(map(str, widths))
         for exponent in options.exponents:
-            plan = [_slope_seeds(exponent, s, widths, pilot.reached, options) for s in (level.deviation, level.high)]
+            plan = [
+                _slope_seeds(exponent, s, widths, pilot.reached, options, level.paired)
+                for s in (level.deviation, level.high)
+            ]
             what = f"level ~ width^-g with g = {exponent:g}, over widths {over}"
             found.append(Need(what=what, seeds=plan[0], cautious=plan[1]))
     if share is not None:
         for difference in options.shares:
-            plan = [_share_seeds(difference, s, options) for s in (share.deviation, share.high)]
+            plan = [_share_seeds(difference, s, options, share.paired) for s in (share.deviation, share.high)]
             what = f"share of heads that rise, {difference:.0%} apart between two settings"
             found.append(Need(what=what, seeds=plan[0], cautious=plan[1]))
     return found
 
 
 def _slope_seeds(
-    exponent: float, scatter: float, widths: Sequence[float], reached: float, options: PlanOptions
+    exponent: float, scatter: float, widths: Sequence[float], reached: float, options: PlanOptions, paired: bool
 ) -> int | None:
     """Enlarged by those that never get there."""
-    seeds = least_seeds(lambda n: slope_power(exponent, scatter, widths, n, options.level), options.power)
+    seeds = least_seeds(lambda n: slope_power(exponent, scatter, widths, n, options.level, paired), options.power)
     return None if seeds is None else math.ceil(seeds / reached)
 
 
-def _share_seeds(difference: float, scatter: float, options: PlanOptions) -> int | None:
-    return least_seeds(lambda n: mean_power(difference, scatter, n, options.level), options.power)
+def _share_seeds(difference: float, scatter: float, options: PlanOptions, paired: bool) -> int | None:
+    def power(seeds: int) -> float:
+        return mean_power(difference, scatter, seeds, attained(ALPHA / TESTS, seeds, paired), paired)
+
+    return least_seeds(power, options.power)
+
+
+def designs(pilot: Pilot) -> list[str]:
+    """What the seeds are planned for, in words."""
+    found = []
+    if pilot.log_level is not None:
+        how = "seen within each seed (they share their data order)" if pilot.log_level.paired else "seen over members"
+        found.append(f"exponents: a two-sided test of the slope, {how}")
+    if pilot.share is not None:
+        paired = pilot.share.paired
+        floor = next(n for n in range(2, 60) if attained(ALPHA / TESTS, n, paired) > 0)
+        how = "pairs of the same seed (they share their data order)" if paired else "members a side"
+        found.append(
+            f"differences: shown by `headway compare` at a point, of whose {TESTS} tests this one alone differs, at a "
+            f"false discovery rate of {ALPHA:.0%}: p below {ALPHA / TESTS:.3g} by exchanging members, which takes "
+            f"{floor} {how} however large the difference is"
+        )
+    unpaired = [each for each in (pilot.log_level, pilot.share) if each is not None and not each.paired]
+    if pilot.shared and unpaired:
+        found.append("seeds share their data order, but this pilot cannot tell by how much: planned as if they did not")
+    return found
 
 
 def lacking(pilot: Pilot, options: PlanOptions) -> list[str]:
@@ -238,7 +314,7 @@ def lacking(pilot: Pilot, options: PlanOptions) -> list[str]:
 
 def plan_command(arguments: Sequence[str], console: Console) -> int:
     """`headway plan`."""
-    name, options = named(arguments, PlanOptions(), "headway plan", PLAN_HELP)
+    (name,), options = named(arguments, PlanOptions(), "headway plan", PLAN_HELP)
     desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
     pilot = read_pilot(sweep, load_analysis(desk.client, parent.info.run_id))
     console.print(
@@ -249,7 +325,8 @@ def plan_command(arguments: Sequence[str], console: Console) -> int:
                            ("share of heads that rise", pilot.share)):  # fmt: skip
         if scatter is not None:
             console.print(
-                f"  {words}: standard deviation {number_text(scatter.deviation, '.3g')} within a setting, "
+                f"  {words}: standard deviation {number_text(scatter.deviation, '.3g')} within a setting"
+                f"{' once the means of seeds are taken off' if scatter.paired else ''}, "
                 f"{scatter.freedom} degrees of freedom (up to {number_text(scatter.high, '.3g')} with 95% confidence)",
                 soft_wrap=True,
             )
@@ -259,10 +336,12 @@ def plan_command(arguments: Sequence[str], console: Console) -> int:
     if table.rows:
         console.print(table)
         console.print(
-            f"seeds at each width or setting for power {options.power:.0%} in a two-sided test at {options.level:.0%}; "
+            f"seeds at each width or setting for power {options.power:.0%} (exponents at level {options.level:.0%}); "
             "on the safe side: should the scatter be as large as the pilot allows",
             soft_wrap=True,
         )
+        for text in designs(pilot):
+            console.print(text, soft_wrap=True)
     for text in lacking(pilot, options):
         console.print(f"not planned: {text}", soft_wrap=True)
     if RATE in sweep.axes:

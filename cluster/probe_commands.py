@@ -95,7 +95,7 @@ def calibrate_command(arguments: Sequence[str], console: Console) -> int:
         "Try step sizes and localisations of Langevin chains on the heads of one layer of one member, on this machine, "
         "and pick by acceptance and flatness of the trace: the least gamma, and with it the largest step."
     )
-    name, options = named(arguments, CalibrateOptions(), "headway probe calibrate", text)
+    (name,), options = named(arguments, CalibrateOptions(), "headway probe calibrate", text)
     desk, parent, sweep = open_named(name, Settings(tracking_uri=options.tracking_uri, out=options.out))
     done = calibrate_sweep(desk, parent, sweep, options.grid)
     console.print(f"{escape(done.member)}; n_beta = {options.grid.n_beta:g}")
@@ -116,7 +116,7 @@ def llc_command(arguments: Sequence[str], console: Console) -> int:
         "Refined learning coefficients of every head at the steps at which weights were kept, and every estimate of "
         "the degree of its potential; the report is written again. The same command goes on where it was stopped."
     )
-    name, options = named(arguments, ProbeOptions(), "headway probe llc", text)
+    (name,), options = named(arguments, ProbeOptions(), "headway probe llc", text)
     settings = Settings(**{item: getattr(options, item) for item in ("tracking_uri", "out", "address", *ON_CLUSTER)})
     request, which = options.request, {"widths": options.widths, "seeds": options.seeds}
     desk, parent, sweep = open_named(name, settings)

@@ -18,10 +18,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from cluster import tracking
-from cluster.dispatch import open_shelf, ray_cluster, run_points, settle_resources, slots
+from cluster.dispatch import alive, open_shelf, ray_cluster, run_points, settle_resources, slots
 from cluster.display import LINE_EVERY, Live, count, loss_text
 from cluster.driver import Desk, Settings, require_writable
 from cluster.figures import save
+from cluster.nodes import require_shared
 from cluster.objectives import Verdict
 from cluster.pack import Pace
 from cluster.rehearsal import rehearse
@@ -126,7 +127,7 @@ def held_study(desk: Desk, search: Search, study: optuna.Study) -> Iterator[Ledg
         status = "KILLED"
         raise
     finally:
-        ledger.close(status)
+        ledger.end(status)
 
 
 class Board(Live):
@@ -229,22 +230,32 @@ def train_points(search: Search, study: optuna.Study, workshop: Workshop, board:
     board.stage("starting Ray")
     try:
         with ray_cluster(search.settings.address, search.settings.workers):
+            require_shared(alive(), search.settings)
             workshop.use(settle_resources(search.settings.gpus))
-            searcher = StudySearcher(study, search.space, search.options.points, workshop, board.verdict)
+            searcher = StudySearcher(
+                study, search.space, search.options.points, workshop, board.verdict, search.settings.patience
+            )
             context = SearchContext(
                 shelf=open_shelf(),
                 pace=Pace(checkpoint=search.settings.checkpoint_every),
                 gpus=workshop.resources.get("GPU", 0.0),
                 watched=search.options.prune,
+                patience=search.settings.patience,
             )
+
+            def watch() -> None:
+                workshop.study.require_held()
+                workshop.study.require_heard(context.patience)
+
             board.stage(f"training points, {count(slots(workshop.resources), 'point')} at a time")
             stopper = PruneStopper(searcher) if search.options.prune else None
-            run_points(context, workshop.resources, board.progress, searcher, stopper)
+            try:
+                run_points(context, workshop.resources, board.progress, searcher, stopper, watch)
+            except tracking.TrackingError:
+                raise
+            except ValueError as error:  # the input was good: this is a failure of the work
+                raise RuntimeError(f"the search was broken off by {error!r}") from error
             return searcher.failed
-    except ValueError as error:  # the input was good: this is a failure of the work
-        if isinstance(error, tracking.TrackingError) or not ray.is_initialized():
-            raise
-        raise RuntimeError(f"the search was broken off by {error!r}") from error
     finally:
         ray.shutdown()
         workshop.leave()

@@ -19,11 +19,9 @@ from ray.tune.stopper import NoopStopper
 
 from cluster.objectives import Verdict
 from cluster.space import LOOKS, Space
-from cluster.tracking import TrackingError
+from cluster.tracking import BrokenOffError, TrackingError
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # it tells of every study and trial
-
-PATIENCE = 120.0  # seconds that the ledger may be away while a point is begun
 
 UNTOLD = (MlflowException, OSError)  # the ledger is away for the moment
 
@@ -59,13 +57,16 @@ class StudySearcher(Searcher):
 
     points: how many COMPLETE or PRUNED trials the study shall have in all. Trials that FAIL in this call are not
     replaced in it; suggestions that cannot be built are, and are kept as FAIL with their cause.
+    patience: seconds that the ledger may be away while a point is begun, then BrokenOffError.
     """
 
     def __init__(
-        self, study: optuna.Study, space: Space, points: int, bench: Points, on_verdict: Callable[[int, Verdict], None]
-    ) -> None:
+        self, study: optuna.Study, space: Space, points: int, bench: Points,
+        on_verdict: Callable[[int, Verdict], None], patience: float,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.study, self.points, self.bench, self.on_verdict = study, points, bench, on_verdict
+        self.patience = patience
         self.distributions = {item.param: item.distribution for item in space}
         self.live: dict[str, Live] = {}
         self.failed = 0
@@ -122,10 +123,13 @@ class StudySearcher(Searcher):
             except TrackingError as error:  # somebody else is at work on the point
                 self._tell([trial], Verdict(cause=str(error)))
                 return None
-            except UNTOLD:
+            except UNTOLD as away:
                 self.since = min(self.since, time.monotonic())
-                if time.monotonic() - self.since > PATIENCE:
-                    raise
+                if time.monotonic() - self.since > self.patience:
+                    reason = (str(away) or repr(away)).splitlines()[0]
+                    raise BrokenOffError(
+                        f"no point could be begun for {self.patience:.0f} s ({reason}); the same command goes on later"
+                    ) from away
                 self.waiting = trial
                 time.sleep(1.0)
                 return None
@@ -148,7 +152,7 @@ class StudySearcher(Searcher):
             return
         try:
             verdict = self.bench.end(live.trials[0].params, live.pruned)
-        except UNTOLD as away:  # the trial stays RUNNING: `recover` tells it later
+        except (*UNTOLD, BrokenOffError) as away:  # the trial stays RUNNING: `recover` tells it later
             self.failed += len(live.trials)
             self.on_verdict(live.trials[0].number, Verdict(cause=f"not told yet: {away}"))
             return

@@ -13,12 +13,13 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,10 +46,15 @@ EXPERIMENT = "headway"
 DEFAULT_URI = "sqlite:///mlflow.db"
 SERVER_WAIT = 5.0  # seconds to answer before a tracking server counts as unreachable
 HEARTBEAT = 10.0  # seconds between heartbeats of the driver
-DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead
+DEAD_AFTER = 60.0  # a driver whose heartbeat is older than this is dead, ...
+SILENT_AFTER = 3600.0  # ... or this, where its process is seen to live: it may be stopped, or wait for a disk
+SLACK = 10.0  # seconds by which the clocks of heartbeats and of processes may differ
 PAGE = 5000  # runs in one answer
+FEW = 64  # members whose runs are looked up one by one
 BATCH = 1000  # metrics in one request, MLflow's limit
 PARENT, KIND = "mlflow.parentRunId", "kind"
+TOLD = "headway: the ledger is told: members that were at work are KILLED"  # a stopped driver's last word on it
+NOT_TOLD = "headway: the ledger cannot be told how this ended; the same command does so when it goes on"
 Result = TypeVar("Result")
 
 
@@ -187,6 +193,8 @@ class Ledger:
     lost: bool = False
     asked: float | None = None
     """Since when the store has not answered beats, on the clock of `time.monotonic`; None where it has."""
+    untold: bool = False
+    """Whether runs below could not be told how they ended."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -195,7 +203,11 @@ class Ledger:
 
         running_too: also end runs left RUNNING by workers that are gone. Call it only while no worker is at work.
         """
-        runs = children(self.client, self.place)
+        return self.settle_runs(children(self.client, self.place), running_too)
+
+    def settle_runs(self, runs: Iterable[Run], running_too: bool) -> dict[str, Run]:
+        """`settle`, of the sweep's runs as they have just been looked up."""
+        runs = list(runs)
         kept = counted(runs)
         for run in runs if not self.lost else ():
             member = run.data.tags["member_id"]
@@ -258,10 +270,34 @@ class Ledger:
             self.client.set_tag(self.place.parent, "heartbeat", "")
             self.client.set_terminated(self.place.parent, status)
 
+    def end(self, status: str, before: Callable[[], object] = lambda: None) -> None:
+        """`close` as a driver's last act, after `before`. A store that is away does not hide why a driver ends that has
+        not FINISHED. One that was stopped says `TOLD`, once that is so."""
+        try:
+            before()
+            self.close(status)
+        except (MlflowException, OSError):
+            if status == "FINISHED":
+                raise
+            self.untold = True
+        if self.untold:
+            print(NOT_TOLD, file=sys.stderr, flush=True)
+        elif status == "KILLED" and not self.lost:
+            print(TOLD, file=sys.stderr, flush=True)
+
 
 def children(client: MlflowClient, place: Place) -> list[Run]:
     """The members' runs of a sweep, deleted ones left out."""
     return search(client, place.experiment, f"tags.`{PARENT}` = '{place.parent}'")
+
+
+def own_children(client: MlflowClient, place: Place, members: Collection[str]) -> list[Run]:
+    """The runs of a few members of a sweep, in a look-up for each: a store finds these far sooner than it tells of ten
+    thousand; where there are more than `FEW`, of all."""
+    if len(members) > FEW:
+        return [run for run in children(client, place) if run.data.tags["member_id"] in members]
+    own = f"tags.`{PARENT}` = '{place.parent}' and tags.member_id = "
+    return [run for member in members for run in search(client, place.experiment, f"{own}'{member}'")]
 
 
 def counted(runs: Iterable[Run]) -> dict[str, Run]:
@@ -330,6 +366,15 @@ def find_sweeps(client: MlflowClient, experiment: str, name: str | None = None) 
     return sorted(runs, key=lambda run: -run.info.start_time)
 
 
+def find_searches(client: MlflowClient, experiment: str) -> dict[str, tuple[Run, list[Run]]]:
+    """Searches by run id: their own runs, and those of their points, each a sweep, oldest first."""
+    found = {run.info.run_id: (run, list[Run]()) for run in search(client, experiment, f"tags.{KIND} = 'search'")}
+    for point in reversed(find_sweeps(client, experiment)) if found else ():
+        if point.data.tags.get(PARENT) in found:
+            found[point.data.tags[PARENT]][1].append(point)
+    return found
+
+
 def last_runs(runs: Iterable[Run]) -> dict[str, Run]:
     """The latest run of each member."""
     return {run.data.tags["member_id"]: run for run in sorted(runs, key=lambda run: run.info.start_time)}
@@ -391,6 +436,11 @@ def comparison_path(place: Place) -> str:
     return f"/#/experiments/{place.experiment}/runs?viewStateShareKey={place.parent}&compareRunsMode=CHART"
 
 
+def run_path(place: Place) -> str:
+    """The page of MLflow of the parent run itself."""
+    return f"/#/experiments/{place.experiment}/runs/{place.parent}"
+
+
 @functools.cache
 def process_space() -> str:
     """Names the machine since its last start, and the space of process numbers that this process sees there (that of a
@@ -407,19 +457,29 @@ def driver_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{process_space()}:{uuid.uuid4().hex[:6]}"
 
 
-def is_gone(driver: str) -> bool:
-    """Whether a driver was a process of this very machine and is no more; False where that cannot be known from here.
+def lives_here(driver: str, beat: float) -> bool | None:
+    """Whether a driver that was heard at the Unix time `beat` is a living process of this very machine; False where it
+    was one and is no more, None where that cannot be known from here.
 
-    A host's name does not say as much: two containers may share it and have process numbers of their own.
+    A host's name does not say as much: two containers may share it and have process numbers of their own. A process
+    that was begun after the beat only has the number of the driver.
     """
     parts = driver.split(":")
     if len(parts) != 4 or not parts[2] or parts[2] != process_space():
-        return False
+        return None
     try:
-        state = Path(f"/proc/{int(parts[1])}/stat").read_text().rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{int(parts[1])}/stat").read_text().rpartition(")")[2].split()
+        dead = fields[0] in "ZX"  # Z: its parent has not asked how it ended
+        return not dead and last_boot() + int(fields[19]) / os.sysconf("SC_CLK_TCK") < beat + SLACK
     except (OSError, ValueError, IndexError):  # hidden from us, where it is somebody else's: a signal of 0 is not
-        return not process_lives(parts[1])
-    return state in "ZX"  # dead, and its parent has not asked how it ended
+        return None if process_lives(parts[1]) else False
+
+
+@functools.cache
+def last_boot() -> float:
+    """Unix time of the machine's last start, from which the kernel counts processes' times. ValueError if untold."""
+    told = dict(line.split(maxsplit=1) for line in Path("/proc/stat").read_text().splitlines())
+    return float(told.get("btime", ""))
 
 
 def process_lives(number: str) -> bool:
@@ -434,17 +494,23 @@ def process_lives(number: str) -> bool:
 
 
 def require_free(parent: Run) -> None:
-    """Raise TrackingError while another driver's heartbeat is fresh and its process is not known to be gone."""
+    """Raise TrackingError while another driver holds the sweep: its process is not known to be gone, and its heartbeat
+    is fresh. For another process that is seen to live on this machine, an hour is fresh."""
     beat = parent.data.tags.get("heartbeat", "")
     if not beat:
         return
     when, _, driver = beat.partition(" ")
-    age = time.time() - float(when)
-    if age < DEAD_AFTER and not is_gone(driver):
-        raise TrackingError(
-            f"sweep {parent.data.tags['sweep_id']} is held by driver {driver} (heartbeat {age:.0f} s ago); "
-            f"wait for it, or {DEAD_AFTER:.0f} s after its last heartbeat"
-        )
+    age, lives = time.time() - float(when), lives_here(driver, float(when))
+    number = driver.split(":")[1] if lives else ""
+    if lives is False or age >= (SILENT_AFTER if lives and number != str(os.getpid()) else DEAD_AFTER):
+        return
+    held = f"sweep {parent.data.tags['sweep_id']} is held by driver {driver} (heartbeat {age:.0f} s ago"
+    if age < DEAD_AFTER:
+        raise TrackingError(f"{held}); wait for it, or {DEAD_AFTER:.0f} s after its last heartbeat")
+    raise TrackingError(
+        f"{held}, but its process {number} lives on this machine); end that process, or wait until it has been silent "
+        f"for {SILENT_AFTER / 60:.0f} min"
+    )
 
 
 def log_points(client: MlflowClient, run_id: str, points: Mapping[str, Mapping[int, float]], time_ms: int) -> None:

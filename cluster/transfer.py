@@ -238,7 +238,7 @@ def transfer_command(arguments: Sequence[str], console: Console) -> int:
         "Measure finished members, with the weights of their last step, on another system of the same kind, without "
         "training: loss, what the system diagnoses, and what heads look at, here and there."
     )
-    name, options = named(arguments, TransferOptions(), "headway probe transfer", text)
+    (name,), options = named(arguments, TransferOptions(), "headway probe transfer", text)
     settings = Settings(tracking_uri=options.tracking_uri, out=options.out)
     desk, _, sweep = open_named(name, settings)
     with console.status("making rows and measuring members"):

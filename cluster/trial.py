@@ -37,7 +37,7 @@ from cluster.pack import (
 )
 from cluster.store import open_store
 from cluster.sweep import MemberConfig, Pack, Sweep, part_sizes, versions
-from cluster.tracking import Place, children, counted, patiently
+from cluster.tracking import Place, counted, own_children, patiently
 from probes.probe import Probe
 from sim.pool import Pool, digest_of
 from sim.system import System
@@ -74,6 +74,7 @@ class SearchContext:
     pace: Pace
     gpus: float = 0.0
     watched: bool = False
+    patience: float = PATIENCE
 
 
 def pool_name(config: MemberConfig) -> str:
@@ -119,6 +120,7 @@ def train_point(config: Mapping[str, Any], context: SearchContext) -> None:
             pace=context.pace,
             gpus=context.gpus,
             watched=context.watched and len(pack.members) == len(members),
+            patience=context.patience,
         )
         train_here(pack, own)
 
@@ -166,7 +168,9 @@ def train_here(pack: Pack, context: TrialContext) -> None:
 def unsettled(pack: Pack, context: TrialContext) -> Pack:
     """The pack without settled members: a worker may be lost while it tells the ledger of one after another."""
     client = MlflowClient(tracking_uri=context.place.uri)
-    done = patiently(lambda: counted(children(client, context.place)), context.place.uri, context.patience)
+    own = {member.id for member in pack.members}
+    found = patiently(lambda: own_children(client, context.place, own), context.place.uri, context.patience)
+    done = counted(found)
     left = tuple(member for member in pack.members if member.id not in done)
     return pack if len(left) == len(pack.members) else replace(pack, members=left)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -68,21 +68,16 @@ class Workshop:
     def begin(self, params: Mapping[str, Any], number: int) -> dict[str, Any] | None:
         """Open the point in the ledger; what is left of it, for a worker. None where every member is settled."""
         sweep = self.point(params)
-        ledger = tracking.open_sweep(self.desk.client, self.desk.uri, sweep)
-        try:
-            tags = {PARENT: self.study.place.parent, "study": self.search.name, "optuna_trial": str(number)}
-            shown = [Param(item.name, str(item.value(params))) for item in self.search.space]
-            own = [RunTag(name, value) for name, value in tags.items()]
-            self.desk.client.log_batch(ledger.place.parent, params=shown, tags=own)
-            counted = ledger.settle(running_too=True)
-            missing = [member for member in validate(sweep) if member.id not in counted]
-            self.open[sweep.id] = ledger
-            return self.left(sweep, missing, ledger.place) if missing else None
-        except BaseException:
-            self.open.pop(sweep.id, None)
-            with contextlib.suppress(Exception):
-                ledger.close("FAILED")
-            raise
+        if sweep.id not in self.open:  # else this call is a repeat: the ledger was away before all was told
+            self.open[sweep.id] = tracking.open_sweep(self.desk.client, self.desk.uri, sweep)
+        ledger = self.open[sweep.id]
+        tags = {PARENT: self.study.place.parent, "study": self.search.name, "optuna_trial": str(number)}
+        shown = [Param(item.name, str(item.value(params))) for item in self.search.space]
+        own = [RunTag(name, value) for name, value in tags.items()]
+        self.desk.client.log_batch(ledger.place.parent, params=shown, tags=own)
+        counted = ledger.settle(running_too=True)
+        missing = [member for member in validate(sweep) if member.id not in counted]
+        return self.left(sweep, missing, ledger.place) if missing else None
 
     def left(self, sweep: Sweep, missing: Sequence[Member], place: Place) -> dict[str, Any]:
         """The packs of members that are missing, from their furthest checkpoints: one, unless they differ in these."""
@@ -94,9 +89,10 @@ class Workshop:
         return dict(point_config(sweep, cut, place, self.desk.store(sweep)))
 
     def end(self, params: Mapping[str, Any], pruned: bool = False) -> Verdict:
-        """Close the point, and what came of it."""
+        """Close the point, and what came of it. A server that is away is waited for."""
         sweep = self.point(params)
-        verdict = self.settle(sweep, self.open[sweep.id], pruned)
+        settle = functools.partial(self.settle, sweep, self.open[sweep.id], pruned)
+        verdict = tracking.patiently(settle, self.desk.uri, self.settings.patience)
         del self.open[sweep.id]
         return verdict
 
@@ -122,8 +118,8 @@ class Workshop:
 
     def settle(self, sweep: Sweep, ledger: Ledger, pruned: bool) -> Verdict:
         """Judge a point by its runs, while no worker is at work on it, and end its own run."""
-        counted, members = ledger.settle(running_too=True), sweep.members()
-        runs = tracking.children(self.desk.client, ledger.place)
+        runs, members = tracking.children(self.desk.client, ledger.place), sweep.members()
+        counted = ledger.settle_runs(runs, running_too=True)
         missing = [member for member in members if member.id not in counted]
         flags = {"point": sweep.id, "run": ledger.place.parent, "interrupted": len(runs) > len(members)}
         if missing:
@@ -158,7 +154,9 @@ class Workshop:
         """Tell the truth of points that were at work when their workers were stopped."""
         for ledger in self.open.values():
             ledger.lost |= self.study.lost  # then another driver has them
-            with contextlib.suppress(*UNTOLD):
+            try:
                 ledger.settle(running_too=True)
                 ledger.close("KILLED")
+            except UNTOLD:
+                self.study.untold = True
         self.open.clear()

@@ -20,8 +20,9 @@ from cluster import analysis as analyses
 from cluster import clean, compare, tracking
 from cluster.clean import CleanOptions, File, items
 from cluster.cli import main
-from cluster.compare import QUANTITIES, gap_interval, newcombe, take_side
-from cluster.compare_page import verdict, write_page
+from cluster.compare import QUANTITIES, correlation, gap_interval, newcombe, take_side
+from cluster.compare_page import cells, verdict, write_page
+from cluster.export import unlike
 from cluster.glossary import FIGURE, OWN, explain
 from cluster.member_runs import MemberRuns
 from cluster.store import FolderStore
@@ -148,6 +149,34 @@ def test_an_export_that_fails_leaves_nothing(here, ledger, tmp_path, capsys, mon
         assert "it takes a sweep and a folder" in capsys.readouterr().err
 
 
+def test_tables_of_two_moments_are_told_apart(here, ledger, tmp_path, capsys):
+    """Runs that count now, against those of an analysis and of a geometry that were written before."""
+    made = planted_sweep(seeds=4, widths=(16,), rates=(0.001,))
+    table = made.members.assign(run_id=list("abcd"), outcome=["finished"] * 3 + ["diverged"])
+    llc = pd.DataFrame({"run_id": ["a", "b", "c"]})
+    older = dataclasses.replace(made, members=table, llc=llc)
+    assert unlike(older, {"a", "b", "c"}) == []
+    (later,) = unlike(older, {"a", "b", "c", "e", "f"})
+    assert later.startswith("2 members in all tables but curves and figures: finished after the analysis")
+    gone, *_ = unlike(older, {"a", "b"})
+    assert gone.startswith("1 member in curves and figures: the analysis is of runs that no longer count")
+    (rest,) = unlike(dataclasses.replace(older, llc=llc[:1]), {"a", "b", "c"})
+    assert rest.startswith("2 of 3 members in llc and degrees: not measured, or measured before")
+    assert unlike(dataclasses.replace(older, llc=llc[:0]), {"a", "b", "c"}) == [
+        "llc.parquet, degrees.parquet: `headway probe llc` has measured none"
+    ]
+    _, sweep, held = ledger
+    runs = MemberRuns(held.place, Pack(members=validate(dataclasses.replace(sweep, seeds=3))[-1:]), "cpu")
+    runs.close()
+    stored = held.client.search_runs([held.place.experiment], "status = 'FINISHED' and tags.kind = 'member'")[0]
+    folder = held.client.download_artifacts(stored.info.run_id, "", str(tmp_path))
+    held.client.log_artifacts(runs.runs[0], folder)
+    held.client.set_terminated(runs.runs[0], "FINISHED")
+    assert main(["export", "planted", str(tmp_path / "out")]) == 0
+    assert "left out: 1 member in all tables but curves and figures" in capsys.readouterr().out
+    held.client.delete_run(runs.runs[0])
+
+
 def test_a_column_is_explained_by_table_axis_or_as_a_figure():
     assert explain("members", RATE, (RATE,)) == ("", "axis of the sweep: this field of the config")
     assert explain("curves", "head", ("width",))[1] == "from 0, in its layer"
@@ -232,13 +261,70 @@ def test_intervals_of_differences_are_those_of_the_books(monkeypatch):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal(7), 2 * rng.standard_normal(5) + 1
     expected = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.9)
-    seeds = np.arange(7), np.arange(5)
-    assert gap_interval((a, b), seeds, False)[1:] == pytest.approx((expected.low, expected.high))
+    assert gap_interval(a, b, False)[1:] == pytest.approx((expected.low, expected.high))
     paired = stats.ttest_rel(b, a[:5]).confidence_interval(0.9)
-    assert gap_interval((a, b), seeds, True)[1:] == pytest.approx((paired.low, paired.high))
+    assert gap_interval(a[:5], b, True)[1:] == pytest.approx((paired.low, paired.high))
     monkeypatch.setattr(compare, "CONFIDENCE", 0.95)
     ones = [np.repeat([1.0, 0.0], [k, n - k]) for k, n in ((48, 80), (56, 70))]
-    assert newcombe(*ones) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)  # Newcombe 1998, table II, method 10
+    assert newcombe(*ones, False) == pytest.approx(
+        (0.2, 0.0524, 0.3339), abs=5e-5
+    )  # Newcombe 1998, table II, method 10
+
+
+def test_sides_that_share_few_of_their_seeds_are_paired_by_these():
+    """A common effect of the seed, and B with a quarter of A's seeds: all are cut to these."""
+    rng = np.random.default_rng(5)
+    analysis = planted_sweep(exponents=(0.0, 0.0), widths=(32,), seeds=16, share=1.0)
+    table = analysis.members
+    table = table[(table[RATE] == 0.001) | (table["seed"] % 4 == 1)].copy()
+    luck = 0.8 * rng.standard_normal(16)
+    shift = np.where(table[RATE] == 0.004, 0.2, 0.0) + 0.02 * rng.standard_normal(len(table))
+    table["level"] = 300 * np.exp(luck[table["seed"]] + shift)
+    sweep = swept(seeds=16, widths=(32,), order="seed")
+    analysis = dataclasses.replace(analysis, members=table)
+    a, b = side("A", analysis, sweep, f"{RATE}=0.001"), side("B", analysis, sweep, f"{RATE}=0.004")
+    rows = compare.compare(a, b)
+    row = row_of(rows, LEVEL, "all members")
+    assert (row.n_a, row.n_b, row.pairs, row.p) == (16, 4, 4, 0.125)  # 2 of 2^4 arrangements are as far apart
+    assert row.gap[1] < math.exp(0.2) < row.gap[2] < 1.1 * row.gap[1]
+    assert cells(row)[2] == "16, 4; 4 in pairs"
+    (later,) = [row for row in rows if row.quantity == compare.LATER]
+    assert later.pairs == 4
+    assert "within each seed that both sides have" in compare.design(a, b)
+    apart = table.copy()
+    apart.loc[apart[RATE] == 0.004, "seed"] += 100
+    b = side("B", dataclasses.replace(analysis, members=apart), sweep, f"{RATE}=0.004")
+    assert row_of(compare.compare(a, b), LEVEL, "all members").pairs == 0
+
+
+def test_the_interval_of_a_difference_of_paired_shares_covers_it():
+    """Exactly, over all outcomes of 12 pairs: about the nominal share, however A and B depend; unpaired ones miss."""
+    n, found = 12, []
+    counts = np.array([c for c in np.ndindex((n + 1,) * 3) if sum(c) <= n])
+    for cells_ in ((0.6, 0.2, 0.1), (0.45, 0.25, 0.05), (0.1, 0.5, 0.2)):
+        cells4 = np.array([*cells_, 1 - sum(cells_)])  # both, A alone, B alone, neither
+        full = np.column_stack([counts, n - counts.sum(1)])
+        chance = stats.multinomial(n, cells4).pmf(full)
+        held = []
+        for count in full:
+            a, b = (np.repeat(kind, count) for kind in (np.array([1.0, 1, 0, 0]), np.array([1.0, 0, 1, 0])))
+            gap, low, high = newcombe(a, b, True)
+            assert gap == pytest.approx((count[2] - count[1]) / n)
+            held.append(low <= cells4[2] - cells4[1] <= high)
+        found.append(float(chance @ np.array(held)))
+    assert min(found) > 0.87, found
+    assert max(found) < 0.97
+
+
+def test_a_correlation_of_shares_narrows_or_widens_the_interval():
+    a, b = np.repeat([1.0, 0.0], [10, 10]), np.repeat([1.0, 0.0], [8, 12])
+    assert correlation(a, np.tile([1.0, 0.0], 10)) == 0.0
+    assert newcombe(a, np.tile([1.0, 0.0], 10), True) == newcombe(a, np.tile([1.0, 0.0], 10), False)
+    assert 0 < correlation(a, b) < np.corrcoef(a, b)[0, 1]  # drawn towards 0
+    assert correlation(a, 1 - b) == pytest.approx(-np.corrcoef(a, b)[0, 1])
+    widths = [np.ptp(newcombe(a, other, paired)[1:]) for other, paired in ((b, True), (b, False), (1 - b, True))]
+    assert widths[0] < widths[1] < widths[2]
+    assert correlation(np.ones(5), np.array([1.0, 0, 1, 0, 1])) == 0.0
 
 
 REFUSED = [
@@ -333,6 +419,21 @@ def test_what_nobody_needs_goes_and_the_rest_by_age_and_budget(tmp_path):
     }  # fmt: skip
 
 
+def test_no_budget_takes_a_checkpoint_that_cannot_be_read(tmp_path):
+    """Its manifest may be unreadable for now: only age takes it. It counts as room that is taken."""
+    files = FolderStore(tmp_path)
+    kept(files, "a", ["a"], 10, days=3)
+    kept(files, "b", ["b"], 10, days=1)
+    (tmp_path / "checkpoints" / "a-000000010.json").write_text("{")
+    os.utime(tmp_path / "checkpoints" / "a-000000010.json", (time.time() - 3 * clean.DAY,) * 2)
+    sizes = {file.name[12:13]: file.size for file in clean.listing(str(tmp_path)) if file.name.endswith(".npz")}
+    room = 1.5 * (sizes["a"] + sizes["b"]) / 1e9
+    assert chosen(tmp_path, budget=0.0) == {("b-000000010", clean.OVER)}
+    assert chosen(tmp_path, budget=1.5 * sizes["b"] / 1e9) == {("b-000000010", clean.OVER)}
+    assert chosen(tmp_path, budget=room) == set()
+    assert chosen(tmp_path, older_than=2.0) == {("a-000000010", clean.OLD), ("a-000000010.npz", clean.OLD)}
+
+
 def test_members_that_would_begin_anew_are_those_that_lose_their_furthest_point(tmp_path):
     files = FolderStore(tmp_path)
     kept(files, "p", ["a", "b"], 10)
@@ -372,6 +473,14 @@ def test_cleaning_asks_first_and_leaves_sweeps_that_are_held_alone(here, ledger,
     assert list((root / "checkpoints").iterdir()) == []
     assert main(["clean", "--yes"]) == 0
     assert "nothing to clean" in capsys.readouterr().out
+    kept(FolderStore(root), "torn", [member.id for member in validate(sweep)], 10)
+    (root / "checkpoints" / "torn-000000010.json").write_text("{")
+    assert main(["clean", "--yes", "--budget", "0"]) == 0
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "2 files of checkpoints whose manifest cannot be read" in said
+    assert "no budget takes these, as they may be sound" in said
+    assert len(list((root / "checkpoints").iterdir())) == 2
+    shutil.rmtree(root)
     for flags, message in (
         (["--older-than", "-1"], "older_than: -1.0 is not"),
         (["--budget", "nan"], "budget: nan is"),

@@ -78,7 +78,7 @@ BAD = [
     (["sweep", "quick", "--tracking-uri", "http://127.0.0.1:9"], "no MLflow server answers at 'http://127.0.0.1:9'"),
     (["sweep", "quick", "--tracking-uri", "ftp://x"], "tracking_uri: 'ftp://x' is not allowed"),
     (["report", "nothing"], "there is no ledger at"),
-    (["analyze"], "sweep: none given"),
+    (["analyze"], "analyze: it takes a sweep, by name or id: headway analyze SWEEP"),
     (["ui", "--port", "high"], "--port"),
 ]
 

@@ -142,7 +142,7 @@ def sweep_arguments(command):
 
 def test_the_rayjob_runs_a_sweep_that_is_there_with_the_grace_that_submit_gives(rayjob):
     recipe, flags = sweep_arguments(rayjob["spec"]["entrypoint"])
-    assert read_sweep(recipe, [word for flag in flags.items() for word in flag], "test").name == recipe
+    assert read_sweep(recipe, [word for flag in flags.items() for word in flag], "test").sweep.name == recipe
     environment = yaml.safe_load(rayjob["spec"]["runtimeEnvYAML"])["env_vars"]
     assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == str(GRACE)
     assert environment["MLFLOW_TRACKING_URI"].startswith("http://")
@@ -243,7 +243,7 @@ def test_the_batch_script_starts_one_cluster_and_the_sweep_on_it(tmp_path):
     recipe, flags = sweep_arguments(shlex.join(said[cut + 1 :]))
     assert recipe == "width"
     assert flags == {"--seeds": "16", "--address": "auto", "--out": "/shared/headway"}
-    assert read_sweep(recipe, ["--seeds", "16"], "test").seeds == 16
+    assert read_sweep(recipe, ["--seeds", "16"], "test").sweep.seeds == 16
 
 
 @pytest.mark.parametrize(

@@ -801,7 +801,7 @@ def test_nothing_is_measured_of_a_sweep_that_is_not_there(tmp_path, monkeypatch,
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for arguments, message in [
         (["probe", "lcc", "tiny"], "probe: 'lcc' is unknown; did you mean 'llc'?"),
-        (["probe", "llc"], "sweep: none given"),
+        (["probe", "llc"], "llc: it takes a sweep, by name or id: headway probe llc SWEEP"),
         (["probe", "llc", "tiny"], "there is no ledger at"),
         (["probe", "llc", "tiny", "--n-beta", "0"], "n_beta is 0.0; allowed"),
         (["probe", "llc", "tiny", "--checkpoints", "some"], "checkpoints: 'some' is not allowed; it must be steps"),

@@ -32,6 +32,7 @@ from cluster.driver import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 URL = "http://127.0.0.1:8265"
+SEARCHED = ["--widths", "8", "--space", "train.learning_rate=1e-3..1e-2:log"]
 PLACE = ["--out", "/shared/out", "--tracking-uri", "http://ledger:5000"]
 
 
@@ -77,7 +78,7 @@ class Client:
         return self.last if not self.connections else info("RUNNING")
 
     def get_job_logs(self, job):
-        return "one\nheadway: stopped; the ledger says what is done\n"
+        return f"one\n{tracking.TOLD}\nheadway: stopped; the ledger says what is done\n"
 
     def stop_job(self, job):
         self.stopped.append(job)
@@ -116,6 +117,22 @@ def test_a_sweep_is_sent_with_its_packages_and_nothing_else_is_touched(client, c
     assert not Path(client.sent["runtime_env"]["working_dir"]).exists()
     assert list(elsewhere.iterdir()) == []
     assert "one\ntwo\n" in capsys.readouterr().out
+
+
+def test_a_search_is_sent_likewise_and_its_code_is_the_jobs_own(client, console, capsys):
+    client.last = info("FAILED", 1)
+    storage = ["--storage", "postgresql://host/optuna"]
+    assert jobs.submit_command(["search", "tiny", *SEARCHED, *PLACE, "--points", "3", *storage], console) == 1
+    assert shlex.split(client.sent["entrypoint"]) == [
+        "python", "-m", "cluster.cli", "search", "tiny", *SEARCHED, "--points", "3", *storage, "--out", "/shared/out",
+    ]  # fmt: skip
+    assert client.sent["metadata"]["sweep"].startswith("tiny-search-")
+    assert {name.split("/")[0] for name in client.files} == {*jobs.PACKAGES, "pyproject.toml", ".rayignore"}
+    said = capsys.readouterr().out
+    assert re.search(r"job job1: search tiny-search-\w+, 3 points", said)
+    assert "job job1: failed, exit code 1" in said
+    assert jobs.submit_command(["sweep", "tiny", *PLACE, "--no-wait"], console) == 0
+    assert client.sent["entrypoint"] == "python -m cluster.cli sweep tiny --out /shared/out"
 
 
 def test_a_cluster_that_has_just_begun_is_asked_again(client, console, capsys):
@@ -178,7 +195,15 @@ REFUSED = [
     (["tiyn", *PLACE], "recipe: 'tiyn' is unknown; did you mean 'tiny'?"),
     (["tiny", *PLACE, "--ship", "nothing"], "ship: 'nothing' is not allowed; it must be a file or folder that exists"),
     (["tiny", *PLACE, "--ship", str(ROOT / "sim")], "of a name that nothing else sent has"),
-    ([], "recipe: none given"),
+    ([], "submit: it takes a recipe: headway submit RECIPE"),
+    (["search", *PLACE], "search: it takes a recipe: headway submit search RECIPE"),
+    (["search", "tiny", *PLACE], "space: () is not allowed"),
+    (
+        ["search", "tiny", *SEARCHED, *PLACE, "--workers", "2"],
+        "workers: 2 is not allowed; it must be left out for a job",
+    ),
+    (["search", "tiny", *SEARCHED, *PLACE, "--storage", "sqlite:///o.db"], "storage: 'sqlite:///o.db' is not allowed"),
+    (["search", "tiny", *SEARCHED, "--tracking-uri", "http://x:5000"], "out: None is not allowed"),
 ]
 
 
@@ -258,9 +283,11 @@ def test_a_stop_waits_for_the_end_and_says_whether_the_ledger_knows(client, cons
     assert client.stopped == ["job1"]
     assert re.search(r"job job1: stopped in \d", said)
     assert "KILLED in the ledger" in said
-    client.get_job_logs = lambda job: "one\n"
-    assert jobs.stop_command(["job1"], console) == 0
-    assert "could not tell it; the same sweep again puts that right" in capsys.readouterr().out
+    # what the command itself says at its end is no word of the ledger, nor is what somebody's recipe prints
+    for log in ("one\n", "headway: stopped; the ledger says what is done\n", f"says: {tracking.TOLD}\n"):
+        client.get_job_logs = lambda job, log=log: log
+        assert jobs.stop_command(["job1"], console) == 0
+        assert "could not tell it; the same command again puts that right" in capsys.readouterr().out
 
 
 def test_jobs_are_listed_with_sweep_status_and_code(client, console, capsys):
@@ -586,7 +613,7 @@ def test_a_job_on_a_real_cluster_ends_with_its_own_code(cluster, job, console, c
     (elsewhere / "stored.json").write_text(json.dumps(encode(tiny())))
     assert jobs.submit_command(["stored.json", *SMALL, "--seeds", "1", "--train.steps", "20", *job], console) == 0
     said = capsys.readouterr().out
-    sweep = re.search(r"sweep (tiny-\w+), 1 members", said).group(1)
+    sweep = re.search(r"sweep (tiny-\w+), 1 member\n", said).group(1)
     assert "1 member trained in this call, 1 member in the sweep" in said  # the job's own log
     assert re.search(r"job raysubmit_\w+: succeeded, exit code 0", said)
     assert Ledger(cluster[1], sweep).statuses() == ("FINISHED", ["FINISHED"])

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from cluster import tracking
+from cluster import driver, tracking
 from cluster.commands import show_members
+from cluster.driver import Settings
 from cluster.sweep import Sweep, validate
 
 PLACE = tracking.Place(uri="sqlite:///x.db", experiment="1", parent="p")
@@ -53,6 +54,24 @@ def test_a_resume_asks_for_pages_and_nothing_by_member(monkeypatch, count):
     show_members(Console(file=io.StringIO()), sweep, tracking.children(client, PLACE))
     assert client.calls == {"search_runs": 2 * pages}
     assert gc.isenabled()
+
+
+def test_a_call_looks_the_ledger_up_once_before_training_and_once_after(monkeypatch, tmp_path):
+    """Once where nothing is missing; the analysis is told what was found, and asks for nothing again."""
+    sweep = Sweep(name="s", widths=(8,), seeds=4)
+    members = validate(sweep)
+    told, quiet = [], SimpleNamespace(stage=print, packs=lambda cut: None, progress=print)
+    room = SimpleNamespace(most=lambda config: 8)
+    for name, value in (("make_pools", {}), ("find_room", room), ("slots", 1), ("run_packs", None)):
+        monkeypatch.setattr(driver, name, lambda *given, value=value: value)
+    monkeypatch.setattr(driver, "analyze", lambda *given: told.append(given[3:5]) or (None, None))
+    for done, looks in ((4, 1), (3, 2)):
+        client = Counting([finished(member, number) for number, member in enumerate(members[:done])])
+        ledger = tracking.Ledger(client=client, place=PLACE, driver="d")
+        desk = SimpleNamespace(settings=Settings(), uri="sqlite:///x.db", store=lambda sweep: str(tmp_path))
+        outcome = driver._run(driver.Job(desk, sweep, members, ledger, {"CPU": 1.0}, quiet))
+        assert client.calls == {"search_runs": looks}
+        assert (outcome.failed, len(told[-1][0]), told[-1][1]) == (4 - done, done, [])
 
 
 def test_configs_that_members_share_are_encoded_once(monkeypatch):

@@ -1,5 +1,6 @@
 """Searches: spaces, objectives, Optuna's say in Tune, what a broken-off driver leaves behind, and a whole search."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -19,11 +21,12 @@ from mlflow.exceptions import MlflowException
 from optuna.trial import TrialState
 from rich.console import Console
 
+from cluster import dispatch, search_results, tracking, trial
 from cluster import search as searches
-from cluster import search_results, tracking, trial
 from cluster import searcher as searching
 from cluster.analysis import analyze_member
 from cluster.arguments import parse, sweep_form
+from cluster.commands import status_command
 from cluster.driver import Desk, Settings
 from cluster.objectives import OBJECTIVES, WORST_SECONDS, Verdict, judge, without_pauses
 from cluster.recipes import load_sweep, quick, tiny
@@ -31,13 +34,16 @@ from cluster.search import held_study, open_study, storage_url
 from cluster.search_config import parse_search
 from cluster.search_results import winner_command
 from cluster.searcher import Searcher, StudySearcher, finished, make_sampler, recover
+from cluster.sizing import Room
 from cluster.space import parse_space, point_of
 from cluster.sweep import Pack, Sweep, validate
 from cluster.trial import TrialSink, capped, point_config
+from cluster.workshop import Workshop
 from tests.test_analysis import STEPS, U, planted_curves, tables_of
 from tests.test_pack import MEMBERS
 
 RATE = "train.learning_rate"
+PLACE = tracking.Place(uri="u", experiment="1", parent="p")
 
 
 @pytest.fixture(autouse=True)
@@ -258,9 +264,9 @@ def tune(searcher, at_once=1):
             searcher.on_trial_complete(live.pop(0), {"step": 1})
 
 
-def searcher_of(study, bench, points, items=SPACE):
+def searcher_of(study, bench, points, items=SPACE, patience=60.0):
     told = []
-    return StudySearcher(study, space_of(*items), points, bench, lambda number, verdict: told.append(number)), told
+    return StudySearcher(study, space_of(*items), points, bench, lambda n, verdict: told.append(n), patience), told
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
@@ -333,9 +339,52 @@ def test_a_ledger_that_is_away_for_a_moment_costs_no_point(monkeypatch):
     tune(searcher_of(study, bench, points=4)[0])
     assert [one.state for one in study.trials] == [TrialState.COMPLETE] * 4
     bench.away = 10**9
-    monkeypatch.setattr(searching, "PATIENCE", -1.0)
-    with pytest.raises(MlflowException):
-        tune(searcher_of(study, bench, points=5)[0])
+    with pytest.raises(tracking.BrokenOffError, match=r"no point could be begun for 0 s \(away\); the same command"):
+        tune(searcher_of(study, bench, points=5, patience=0.0)[0])
+
+
+def test_patience_goes_from_the_command_line_to_all_that_wait(monkeypatch):
+    """To the searcher, to whoever looks for a node, to every member's runs, and to the watch over the study's own."""
+    search = search_of("--patience", "7")
+    seen = {}
+
+    class Shop:
+        resources = {"CPU": 1.0}  # noqa: RUF012
+        study = tracking.Ledger(client=None, place=PLACE, driver="d", asked=time.monotonic() - 8)
+
+        def use(self, resources):
+            pass
+
+        def leave(self):
+            pass
+
+        def settled(self, params):
+            pass
+
+    class Board:
+        def __getattr__(self, name):
+            return lambda *given: None
+
+    def run_trials(trainable, resources, progress, how, **more):
+        seen.update(watches=progress.watches, searcher=how.search_alg)
+
+    monkeypatch.setattr(searches, "ray_cluster", lambda *given: contextlib.nullcontext())
+    for name, value in (("settle_resources", Shop.resources), ("open_shelf", None), ("slots", 1), ("alive", [])):
+        monkeypatch.setattr(searches, name, lambda *given, value=value: value)
+    monkeypatch.setattr(dispatch.tune, "with_parameters", lambda call, context: seen.update(context=context))
+    monkeypatch.setattr(dispatch, "run_trials", run_trials)
+    study = study_of()
+    searches.train_points(search, study, Shop(), Board())
+    watch, places = seen["watches"]
+    assert (seen["searcher"].patience, places.patience, seen["context"].patience) == (7.0, 7.0, 7.0)
+    with pytest.raises(tracking.BrokenOffError, match="has not answered for 7 s"):
+        watch()
+    monkeypatch.setattr(trial, "train_here", lambda pack, context: seen.update(own=context))
+    monkeypatch.setattr(trial.ray, "get", lambda given: [None])
+    context = dataclasses.replace(seen["context"], shelf=SimpleNamespace(find=SimpleNamespace(remote=lambda given: 0)))
+    point = point_of(tiny(), space_of("model.width=8..64"), {"model.width/4": 3}, "s")
+    trial.train_point(point_config(point, [Pack(members=validate(point))], PLACE, "store"), context)
+    assert seen["own"].patience == 7.0
 
 
 def test_what_cannot_be_told_stays_at_work_for_the_next_look():
@@ -474,7 +523,7 @@ def test_optuna_and_mlflow_never_share_a_file(tmp_path):
         storage_url(Settings(), "optuna.db", mlflow)
 
 
-def test_one_driver_a_study_and_one_ledger(tmp_path):
+def test_one_driver_a_study_and_one_ledger(tmp_path, monkeypatch):
     search = search_of()
     study = open_study(search, f"sqlite:///{tmp_path}/optuna.db")
     desk = Desk.open(search.settings)
@@ -483,8 +532,26 @@ def test_one_driver_a_study_and_one_ledger(tmp_path):
             held_study(desk, search, study).__enter__()
         run = desk.client.get_run(study.user_attrs["run"])
         assert run.info.status == "RUNNING"
-    with held_study(desk, search, study):
-        pass
+    with held_study(desk, search, study) as held:
+        workshop = Workshop(desk, search, held)
+        workshop.memory = Room(device="cpu", memory=8 << 30)
+        with monkeypatch.context() as patch:  # the ledger is away just when a point's parent has been opened
+            patch.setattr(tracking.MlflowClient, "log_batch", lambda *given, **more: (_ for _ in ()).throw(OSError()))
+            with pytest.raises(OSError):
+                workshop.begin({RATE: 1e-3}, 0)
+        assert workshop.begin({RATE: 1e-3}, 0) is not None  # it is not held by another driver, but by this one
+        workshop.leave()
+        console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+        with console.file:
+            for name in ([], [search.name]):
+                assert status_command([*name, "--tracking-uri", desk.uri], console) == 0
+        said = console.export_text()
+        point = workshop.point({RATE: 1e-3}).id
+        assert f"{search.name} (1 point)" in said  # a search is listed once, and its points when it is named
+        assert said.index(search.name) < said.index(point)
+        assert said.count(point) == 1
+        (parent,) = tracking.find_sweeps(desk.client, desk.experiment)
+        assert (parent.info.status, parent.data.tags["heartbeat"]) == ("KILLED", "")
     run = desk.client.get_run(study.user_attrs["run"])
     assert (run.info.status, run.data.tags["kind"], run.data.tags["heartbeat"]) == ("FINISHED", "search", "")
     other = Desk.open(dataclasses.replace(search.settings, tracking_uri=f"sqlite:///{tmp_path}/other.db"))
@@ -589,8 +656,7 @@ def test_figures_numbers_and_tables(tmp_path, objectives):
 def test_a_point_travels_to_its_worker_as_text():
     sweep = point_of(tiny(), space_of("model.width=8..64"), {"model.width/4": 3}, "s")
     members = validate(sweep)
-    place = tracking.Place(uri="u", experiment="1", parent="p")
-    body = json.loads(point_config(sweep, [Pack(members=members[:1], start=5)], place, "store")["point"])
+    body = json.loads(point_config(sweep, [Pack(members=members[:1], start=5)], PLACE, "store")["point"])
     assert body["packs"] == [{"members": [members[0].id], "start": 5}]
     assert trial.decode(Sweep, body["sweep"]).members() == members
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import http.server
 import json
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from mlflow.exceptions import MlflowException, RestException
@@ -113,13 +115,19 @@ def test_runs_left_running_become_killed_and_their_members_are_missing(store, le
     assert client.get_run(runs.runs[0]).info.status == "KILLED"
 
 
-def test_a_new_attempt_supersedes_what_the_last_one_left(store, ledger):
+def test_a_new_attempt_supersedes_what_the_last_one_left(store, ledger, monkeypatch):
     client, _ = store
     MemberRuns(ledger.place, Pack(members=MEMBERS[:2]), "cpu").close()
     second = logged(ledger)
     runs = tracking.children(client, ledger.place)
     assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]
     assert {run.data.tags.get("superseded_by") for run in runs if run.info.status == "KILLED"} == set(second)
+    ids = [member.id for member in MEMBERS[:2]]
+    for own in (ids[:1], ids, [], ["nobody"]):
+        expected = {run.info.run_id for run in runs if run.data.tags["member_id"] in own}
+        for few in (64, 0):  # in a look-up for each, or in one for all
+            monkeypatch.setattr(tracking, "FEW", few)
+            assert {run.info.run_id for run in tracking.own_children(client, ledger.place, own)} == expected
 
 
 def test_a_diverged_member_is_failed_with_its_cause_and_settled(store, ledger):
@@ -208,7 +216,7 @@ def test_one_driver_holds_a_sweep_until_it_closes_or_dies(store):
     assert "\n" not in str(caught.value)
     first._stop.set()
     long_ago = time.time() - tracking.DEAD_AFTER - 1
-    client.set_tag(first.place.parent, "heartbeat", f"{long_ago:.0f} {first.driver}")
+    client.set_tag(first.place.parent, "heartbeat", f"{long_ago:.0f} {first.driver}")  # of this process, which knows
     second = tracking.open_sweep(client, uri, own)
     assert second.place.parent == first.place.parent
     second.close("KILLED")
@@ -230,20 +238,39 @@ def test_a_driver_of_this_machine_is_dead_as_soon_as_its_process_is(store):
     first = tracking.open_sweep(client, uri, own)
     first._stop.set()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        assert not tracking.is_gone(driver_of(process))
+        now = time.time()
+        assert tracking.lives_here(driver_of(process), now) is True
+        assert tracking.lives_here(driver_of(process), now - 60.0) is False  # a later process of the same number
         client.set_tag(first.place.parent, "heartbeat", f"{time.time():.0f} {driver_of(process)}")
         with pytest.raises(TrackingError, match="is held by driver"):
             tracking.open_sweep(client, uri, own)
         process.kill()
-        wait_for(lambda: tracking.is_gone(driver_of(process)))
+        wait_for(lambda: tracking.lives_here(driver_of(process), now) is False)
         second = tracking.open_sweep(client, uri, own)
     assert second.place.parent == first.place.parent
     second.close("FINISHED")
-    assert tracking.is_gone(driver_of(process))
-    assert not tracking.is_gone(driver_of(process, space="elsewhere"))
-    assert not tracking.is_gone(driver_of(process, space=""))
+    assert tracking.lives_here(driver_of(process), now) is False
+    assert tracking.lives_here(driver_of(process, space="elsewhere"), now) is None
+    assert tracking.lives_here(driver_of(process, space=""), now) is None
     for odd in ("", "host", f"host:{process.pid}:abc123", f"host:x:{tracking.process_space()}:abc"):
-        assert not tracking.is_gone(odd)
+        assert tracking.lives_here(odd, now) is None
+
+
+def test_a_silent_driver_whose_process_is_seen_to_live_is_left_its_sweep_for_an_hour(monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        monkeypatch.setattr(tracking, "last_boot", lambda: -1e9)  # as if it had been begun long ago
+        for space, age, held in ((None, 70, True), (None, 3700, False), ("elsewhere", 70, False), ("", 50, True)):
+            tags = {"heartbeat": f"{time.time() - age:.0f} {driver_of(process, space)}", "sweep_id": "s"}
+            parent = SimpleNamespace(data=SimpleNamespace(tags=tags))
+            if held:
+                with pytest.raises(TrackingError, match="sweep s is held by driver") as caught:
+                    tracking.require_free(parent)
+                lives = f"its process {process.pid} lives on this machine); end that process, or wait until it has"
+                assert (lives in str(caught.value)) == (age == 70)
+                assert "\n" not in str(caught.value)
+            else:
+                tracking.require_free(parent)
+        process.kill()
 
 
 def test_a_heart_that_the_store_did_not_hear_beats_again_at_once(store, monkeypatch):
@@ -323,6 +350,28 @@ def test_a_driver_that_was_taken_over_stops_and_touches_nothing(store, monkeypat
     parent = client.get_run(ledger.place.parent)
     assert (parent.info.status, parent.data.tags["heartbeat"]) == ("RUNNING", taken)
     assert client.get_run(theirs.runs[0]).info.status == "RUNNING"
+
+
+def test_a_driver_says_that_all_is_told_only_when_it_is(store, monkeypatch, capsys):
+    client, uri = store
+    ledger = tracking.open_sweep(client, uri, dataclasses.replace(SWEEP, name="told"))
+    runs = MemberRuns(ledger.place, Pack(members=MEMBERS[:1]), "cpu")
+    runs.close()
+    settle = functools.partial(ledger.settle, running_too=True)
+    with monkeypatch.context() as away:
+        away.setattr(tracking.MlflowClient, "set_terminated", lambda *given, **more: (_ for _ in ()).throw(OSError()))
+        ledger.end("KILLED", settle)
+        assert capsys.readouterr().err == f"{tracking.NOT_TOLD}\n"
+        ledger.untold = False
+        with pytest.raises(OSError):
+            ledger.end("FINISHED", settle)
+    ledger.end("KILLED", settle)
+    assert capsys.readouterr().err == f"{tracking.TOLD}\n"
+    assert client.get_run(runs.runs[0]).info.status == "KILLED"
+    ledger.end("FINISHED")
+    ledger.lost = True  # somebody else's to tell
+    ledger.end("KILLED")
+    assert capsys.readouterr().err == ""
 
 
 def test_sweeps_are_found_by_name_and_id(store, ledger):

@@ -132,6 +132,8 @@ def ledger_rows(members: int, folder: Path) -> Iterator[dict[str, object]]:
     again.close("FINISHED")
     clock.time("packs of all members", lambda: packs(planned, 2, most=room.most))
     clock.time("dry run: settled members", lambda: tracking.settled_members(client, uri, sweep))
+    pack = {member.id for member in planned[:32]}
+    clock.time("restarted pack of 32: its members' runs", lambda: tracking.own_children(client, again.place, pack))
     console = Console(file=io.StringIO(), width=140)
 
     def status() -> None:
