@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from mlflow.entities import Run
 from rich.console import Console
 from rich.table import Table
 
@@ -65,13 +66,12 @@ class Transferred:
     folder: Path
 
 
-def transfer_sweep(desk: Desk, name: str, options: TransferOptions) -> Transferred:
+def transfer_sweep(desk: Desk, parent: Run, sweep: Sweep, options: TransferOptions) -> Transferred:
     """Measure finished members of a sweep there as here, in this process; tables and a figure, also to the ledger.
 
     ValueError, before anything is computed, for fields that the system has not, values that it does not allow, a system
     whose tokens have other numbers of inputs or outputs, and members that are not there.
     """
-    desk, parent, sweep = open_named(name, desk.settings)
     client, place = desk.client, tracking.Place(uri=desk.uri, experiment=desk.experiment, parent=parent.info.run_id)
     require(options.examples >= 2 * REPLICATES, "examples", options.examples, f"at least {2 * REPLICATES}")
     changes = parse_changes(options.to)
@@ -240,9 +240,9 @@ def transfer_command(arguments: Sequence[str], console: Console) -> int:
     )
     (name,), options = named(arguments, TransferOptions(), "headway probe transfer", text)
     settings = Settings(tracking_uri=options.tracking_uri, out=options.out)
-    desk, _, sweep = open_named(name, settings)
+    desk, parent, sweep = open_named(name, settings)
     with console.status("making rows and measuring members"):
-        done = transfer_sweep(desk, name, options)
+        done = transfer_sweep(desk, parent, sweep, options)
     console.print(f"here: as trained; there: {', '.join(options.to)}")
     console.print(point_table(done, sweep))
     console.print(f"tables and figure:  {done.folder}")

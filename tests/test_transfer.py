@@ -101,7 +101,7 @@ def test_bad_changes_are_refused_before_anything_is_looked_up(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert main(["probe", "transfer"]) == 2
-    assert "sweep: none given" in capsys.readouterr().err
+    assert "it takes a sweep, by name or id" in capsys.readouterr().err
     assert main(["probe", "transfer", "quick", "--to", "box.n=10"]) == 2
     assert "there is no ledger at" in capsys.readouterr().err
 
