@@ -9,8 +9,21 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def blank_store(tmp_path_factory):
+    """The file of an MLflow store without anything in it: a copy is there at once, one made anew takes seconds."""
+    from cluster import tracking
+
+    path = tmp_path_factory.mktemp("blank") / "mlflow.db"
+    tracking.connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """Files stay whole, for what their tests share; those that start Ray clusters go one after another."""
+    """Files stay whole, for what their tests share; those that start Ray clusters go one after another, from the first
+    moment on: they are half of the work."""
     for item in items:
         name = "ray" if item.get_closest_marker("slow") else Path(item.fspath).stem
         item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
