@@ -21,9 +21,10 @@ def blank_store(tmp_path_factory):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """Files stay whole, for what their tests share; those that start Ray clusters go one after another, from the first
-    moment on: they are half of the work."""
+    """Files stay whole, for what their tests share. Slow tests come first; most of them start Ray clusters and go one
+    after another in one process, the others, which say so, with their file."""
     for item in items:
         name = "ray" if item.get_closest_marker("slow") else Path(item.fspath).stem
-        item.add_marker(pytest.mark.xdist_group(name))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(name))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -30,7 +30,7 @@ def test_a_member_goes_the_eager_way_and_is_the_same_in_any_company_part_and_aft
 
 def test_a_process_compiles_more_shapes_than_torch_allows_by_itself(monkeypatch):
     """With a compiler that leaves everything as it is; torch gives up, or goes on eagerly, after 8."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", options=None))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", options=None))
     monkeypatch.setattr(compiled, "_kernels", functools.cache(compiled._kernels.__wrapped__))
     torch._dynamo.reset()
     for members in range(1, 12):

@@ -18,14 +18,14 @@ import pytest
 from tests import faults
 from tests.faults import Scene, Server, inspect, tables_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
-SHORT = {"members": 4, "steps": 800, "pack_size": 2}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500), pytest.mark.xdist_group("test_faults")]
+SHORT = {"members": 4, "steps": 800, "pack_size": 2, "told": False}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A sweep without faults, and its tables."""
-    scene = Scene(folder=tmp_path_factory.mktemp("undisturbed"), **SHORT)
+def undisturbed(tmp_path_factory, blank_store):
+    """A sweep without faults, by one worker, and its tables."""
+    scene = Scene(folder=tmp_path_factory.mktemp("undisturbed"), blank=blank_store, workers=1, **SHORT)
     scene.run()
     tables, repeats = tables_of(scene)
     assert (len(tables), repeats) == (4, 0)
@@ -64,10 +64,10 @@ def test_the_report_tells_what_is_wrong(undisturbed, tmp_path):
     assert not found.sound
 
 
-def test_killed_workers_and_drivers_and_spoiled_checkpoints_leave_no_trace(undisturbed, tmp_path):
+def test_killed_workers_and_drivers_and_spoiled_checkpoints_leave_no_trace(undisturbed, tmp_path, blank_store):
     """Two workers are killed, then the driver, and what it has kept last is spoiled; a second driver refuses."""
     _, tables = undisturbed
-    scene, chance = Scene(folder=tmp_path / "struck", **SHORT), random.Random(3)
+    scene, chance = Scene(folder=tmp_path / "struck", blank=blank_store, **SHORT), random.Random(3)
     process = scene.start()
     faults.under_way(scene, process, 0.0)
     assert faults.kill_workers(scene, process, 2, chance, pause=(0.1, 0.3)) == 2

@@ -527,9 +527,10 @@ SMALL = ["--data.rows", "128", "--data.validation-rows", "16", "--probe.examples
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(blank_store):
     """A head node of its own with token authentication: the dashboard's URL, and a folder for what jobs leave."""
     folder = Path(tempfile.mkdtemp(prefix="hw-", dir="/tmp"))  # Ray's sockets need short names
+    shutil.copy(blank_store, folder)
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH")
     environment = {name: value for name, value in os.environ.items() if name not in dropped} | {
@@ -650,9 +651,9 @@ def test_a_local_server_keeps_runs_and_artifacts_in_its_folder_and_ends_when_tol
     server.require_proxied(f"sqlite:///{elsewhere}/headway-server/mlflow.db", elsewhere)
 
 
-def test_a_server_takes_no_folder_of_local_sweeps_and_no_port_in_use(elsewhere, console, monkeypatch):
+def test_a_server_takes_no_folder_of_local_sweeps_and_no_port_in_use(elsewhere, console, monkeypatch, blank_store):
     monkeypatch.setattr(server.os, "execve", lambda *args: pytest.fail("a server was started"))
-    uri = f"sqlite:///{elsewhere}/mlflow.db"
+    uri = f"sqlite:///{shutil.copy(blank_store, elsewhere)}"
     tracking.experiment_id(tracking.connect(uri), uri)
     with pytest.raises(ValueError, match=r"folder: .*one of the server's own: the ledger here keeps artifacts"):
         server.server_command(["--folder", str(elsewhere), "--port", "0"], console)
