@@ -266,6 +266,12 @@ def born(pid: int) -> int:
     return int(words[19]) if words else 0
 
 
+def members_of(group: int) -> list[int]:
+    """The processes of a group that are alive."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [pid for pid in pids if (words := status_of(pid)) and int(words[2]) == group]
+
+
 def wait_for(condition: Callable[[], Any], seconds: float, process: subprocess.Popen[str] | None = None) -> Any:
     """What the condition answers once that is true; AssertionError if it is not in time, or the process has ended."""
     deadline = time.monotonic() + seconds
@@ -306,6 +312,14 @@ class Server:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
+
+    def end(self) -> str:
+        """Tell it to end, and wait until all of its processes have. What it has said."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        wait_for(lambda: not members_of(self.process.pid), 30)
+        return (self.folder / "log").read_text()
 
     def kill(self) -> None:
         """Kill it and all of its processes."""
@@ -379,6 +393,20 @@ def under_way(scene: Scene, process: subprocess.Popen[str], since: float, kept: 
         return sum(len(attempt.kept) for attempt in fresh) >= kept
 
     wait_for(some, 180, process)
+
+
+@contextlib.contextmanager
+def standing_still(scene: Scene) -> Iterator[None]:
+    """SIGSTOP the workers in the middle of a pack, and have them go on at the end: so long the sweep is not over."""
+    pids = [attempt.pid for attempt in scene.busy()]
+    assert pids, "no worker is in the middle of a pack"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def kill_driver(process: subprocess.Popen[str]) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.server import require_proxied
 from tests import faults
 from tests.faults import Scene, Server, inspect, tables_of
 
@@ -80,7 +81,8 @@ def test_killed_workers_and_drivers_and_spoiled_checkpoints_leave_no_trace(undis
         faults.truncate(path)
     since, process = time.time(), scene.start()  # at once: the dead driver is seen to be gone
     faults.under_way(scene, process, since)
-    assert "is held by driver" in scene.run(code=2)
+    with faults.standing_still(scene):
+        assert "is held by driver" in scene.run(code=2)
     scene.end(process)
     found = inspect(scene, tables, spoiled=[path.stem for path in (first, *more[:1])])
     assert found.sound, found
@@ -88,7 +90,10 @@ def test_killed_workers_and_drivers_and_spoiled_checkpoints_leave_no_trace(undis
 
 
 def test_without_a_node_a_sweep_ends_soon_and_goes_on_later(undisturbed, tmp_path):
-    """The only node goes for good: one line, nothing left RUNNING; with another node the same command goes on."""
+    """The only node goes for good: one line, nothing left RUNNING; with another node the same command goes on.
+
+    The ledger is a server's, which keeps runs and artifacts in its folder, and ends when told, with all its processes.
+    """
     _, tables = undisturbed
     with Server(tmp_path / "server") as server, faults.ray_nodes(0) as cluster:
         node = faults.add_node(cluster)
@@ -102,5 +107,8 @@ def test_without_a_node_a_sweep_ends_soon_and_goes_on_later(undisturbed, tmp_pat
         assert scene.query("SELECT 1 FROM runs WHERE status = 'RUNNING'") == []
         faults.add_node(cluster)
         scene.run()
+        assert f"--tracking-uri {server.uri}" in server.end()
+        assert not server.answers()
         found = inspect(scene, tables)
+        require_proxied(f"sqlite:///{server.folder}/mlflow.db", server.folder)
     assert found.sound, found
