@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,12 +17,8 @@ def blank_store(tmp_path_factory):
     return path
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """Files stay whole, for what their tests share. Slow tests come first; most of them start Ray clusters and go one
-    after another in one process, the others, which say so, with their file."""
-    for item in items:
-        name = "ray" if item.get_closest_marker("slow") else Path(item.fspath).stem
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Files with slow tests come first, so that the two processes end together. Files stay whole (`--dist loadfile`),
+    for what their tests share; xdist_group does nothing from pytest 9.2 on, with pytest-xdist 3.8 or older."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -200,7 +200,6 @@ def averaged(system, train, pool, steps, keep, state=None):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("test_active_matter")
 def test_a_trained_network_has_the_entropy_production_of_the_linear_system():
     """Within 1% of 24.444, with an error far below that of the best score without attention; about 15 s on a core."""
     pool = Pool.make(TASK, 0, {"train": 32768, "validation": 16384})
@@ -216,7 +215,6 @@ def test_a_trained_network_has_the_entropy_production_of_the_linear_system():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("test_active_matter")
 def test_a_trained_network_agrees_with_the_identity_that_needs_no_score():
     """Soft particles, where the score is not known: entropy production by the network and by <g F>."""
     swimmers = Swimmers(n=3, spring=0.0, repulsion=1.0, sharpness=2.0, time_step=0.02)

@@ -167,7 +167,7 @@ def test_broken_off_and_gone_on_with_the_tables_are_those_of_an_undisturbed_run(
     process = start(folder, "sweep", *sweep)
     checkpoints = lambda: list(folder.glob("headway-out/*/checkpoints/*.json"))  # noqa: E731
     furthest = lambda: max((int(path.stem.rpartition("-")[2]) for path in checkpoints()), default=0)  # noqa: E731
-    wait_for(lambda: furthest() > 0 or process.poll() is not None, 120)
+    wait_for(lambda: furthest() > 0 or process.poll() is not None, 240)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

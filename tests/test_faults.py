@@ -19,7 +19,7 @@ from cluster.server import require_proxied
 from tests import faults
 from tests.faults import Scene, Server, inspect, tables_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500), pytest.mark.xdist_group("test_faults")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 SHORT = {"members": 4, "steps": 800, "pack_size": 2, "told": False}
 
 

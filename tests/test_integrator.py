@@ -49,7 +49,6 @@ def test_chunks_hold_about_as_many_pairs():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("test_integrator")
 @pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
 @pytest.mark.parametrize(("dtype", "limit_damping"), [(torch.float32, False), (torch.float64, True)])
 def test_compiled_equals_eager(dtype, limit_damping):
