@@ -77,8 +77,8 @@ class Ledger:
 
 
 def test_a_sweep_extended_done_anew_and_again(tmp_path, capsys, monkeypatch):
-    """The first command is a user's own, in an empty folder; the others run in this process, with one worker, and all
-    but one without their analysis, which is like the first."""
+    """The first command is a user's own, in an empty folder; the others run in this process, with one worker, and the
+    last two leave out the analysis."""
 
     def again(*arguments):
         assert main_in(tmp_path, ["sweep", "tiny", *SMALL, "--workers", "1", *arguments]) == 0
