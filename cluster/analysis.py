@@ -294,9 +294,12 @@ def analyze_sweep(
 
 
 def find_laws(sweep: Sweep, analysis: Analysis) -> list[Law]:
-    """The laws of each series, on as many CPUs as the cluster has free."""
+    """The laws of each series, on as many CPUs as the cluster has free; of one alone here, where all is loaded."""
+    series = series_of_sweep(sweep, analysis)
+    if len(series) == 1:
+        return [laws_or_cause(series[0])]
     task: Any = ray.remote(num_cpus=1, max_retries=3)(laws_or_cause)
-    found: list[Law] = ray.get([task.remote(each) for each in series_of_sweep(sweep, analysis)])
+    found: list[Law] = ray.get([task.remote(each) for each in series])
     return found
 
 

@@ -27,12 +27,12 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
 from ray.tune.search import Searcher
 
+from cluster.pack import pool_arrays
 from cluster.sizing import Room
-from cluster.sweep import MemberConfig, digest, part_sizes
+from cluster.sweep import MemberConfig, digest
 from cluster.tracking import BrokenOffError
 from cluster.trial import Report, SearchContext, TrialContext, pool_name, train_pack, train_point
 from sim.checks import require
-from sim.pool import Pool
 
 LOST = "the worker kept failing"
 RETRIES = 12  # of one trial; a pack gives up by itself sooner, after three failures at one step
@@ -135,19 +135,12 @@ def _gpu_room(gpus: float) -> Room:
 def make_pools(configs: Iterable[MemberConfig]) -> dict[str, Any]:
     """The pools of members, each made once by a Ray task and left in the object store: references by `pool_name`."""
     wanted = {pool_name(config): config for config in configs}
-    task = ray.remote(num_cpus=1, max_retries=2, num_returns=2)(_pool_arrays)
+    task = ray.remote(num_cpus=1, max_retries=2, num_returns=2)(pool_arrays)  # whose module loads no Ray and no MLflow
     made: dict[str, Any] = {name: task.remote(config) for name, config in wanted.items()}
     ray.get(
         [done for _, done in made.values()]
     )  # the small half: it brings errors, and leaves the arrays where they are
     return {name: arrays for name, (arrays, _) in made.items()}
-
-
-def _pool_arrays(config: MemberConfig) -> tuple[dict[str, Any], None]:
-    import torch
-
-    torch.set_num_threads(1)
-    return Pool.make(config.system, config.data.seed, part_sizes(config)).to_arrays(), None
 
 
 class PoolShelf:
@@ -161,7 +154,7 @@ class PoolShelf:
         """The object reference of the pool's arrays, in a list, so that it arrives as a reference."""
         name = pool_name(config)
         if name not in self.made:
-            self.made[name] = ray.put(_pool_arrays(config)[0])
+            self.made[name] = ray.put(pool_arrays(config)[0])
         return [self.made[name]]
 
 

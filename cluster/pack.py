@@ -29,7 +29,7 @@ from cluster.sweep import Member, MemberConfig, Pack, packs, part_sizes, validat
 from probes.probe import Measurement, Probe, ProbeBatch
 from sim.checks import require
 from sim.generator import Generator
-from sim.pool import Pool
+from sim.pool import Arrays, Pool
 from sim.system import Batch, Rows, System
 from train import checkpoint
 from train.checkpoint import Files
@@ -366,6 +366,12 @@ def make_pool(config: MemberConfig, device: str = "cpu") -> Pool:
     """The pool of a member's system, in its precision, on the device."""
     pool = Pool.make(config.system, config.data.seed, part_sizes(config))
     return pool.to(device, config.train.dtype)
+
+
+def pool_arrays(config: MemberConfig) -> tuple[Arrays, None]:
+    """The arrays of a member's pool as it is made, for all precisions; beside them nothing, to wait for."""
+    torch.set_num_threads(1)
+    return Pool.make(config.system, config.data.seed, part_sizes(config)).to_arrays(), None
 
 
 def take_device(name: str) -> str:

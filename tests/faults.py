@@ -2,6 +2,7 @@
 
 A sweep runs as `headway sweep` does, but for a meter around its trainable: every attempt at a pack notes its process,
 its members, the step it begins at, every step it comes to and every checkpoint it keeps, in a file that outlives it.
+It may leave out analysis and report, which take longer than the training of a few short members.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sqlite3
@@ -26,9 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 
 from cluster import tracking
+from cluster.analysis import Analysis
 from cluster.sweep import Pack
 from cluster.trial import TrialContext, train_pack
 from train.checkpoint import decode_arrays
@@ -37,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["tiny", "--widths", "8", "--data.rows", "128", "--data.validation-rows", "16", "--probe.examples", "8",
          "--probe.sparse-examples", "4", "--probe.replicates", "2", "--model.layers", "1", "--model.heads", "2",
          "--system.box.n", "6", "--system.box.radius", "0.1", "--checkpoint-every", "0.5"]  # fmt: skip
+UNTOLD = "untold-sweep"
 SERVER_START = 90.0  # seconds for an MLflow server to answer
 
 
@@ -135,7 +140,11 @@ class Attempt:
 
 @dataclass(kw_only=True)
 class Scene:
-    """A sweep in a folder of its own. server: an MLflow server that it logs to; address: of a Ray cluster."""
+    """A sweep in a folder of its own. server: an MLflow server that it logs to; address: of a Ray cluster, or else
+    workers: of one that it starts.
+
+    blank: an empty MLflow store to begin with; told: with analysis and report.
+    """
 
     folder: Path
     members: int
@@ -143,7 +152,10 @@ class Scene:
     pack_size: int = 8
     server: Server | None = None
     address: str | None = None
+    workers: int = 2
     more: Sequence[str] = ()
+    blank: Path | None = None
+    told: bool = True
     logs: dict[int, Path] = field(default_factory=dict)
 
     @property
@@ -155,13 +167,16 @@ class Scene:
     def command(self) -> list[str]:
         """Of the sweep; the same every time."""
         own = ["--seeds", self.members, "--train.steps", self.steps, "--pack-size", self.pack_size]
-        place = ["--address", self.address] if self.address else ["--workers", 2]
+        place = ["--address", self.address] if self.address else ["--workers", self.workers]
         server = ["--tracking-uri", self.server.uri] if self.server else []
-        return [sys.executable, "-m", "tests.faults", "sweep", *SHORT, *map(str, [*own, *place, *server]), *self.more]
+        start = [sys.executable, "-m", "tests.faults", "sweep" if self.told else UNTOLD]
+        return [*start, *SHORT, *map(str, [*own, *place, *server]), *self.more]
 
     def start(self) -> subprocess.Popen[str]:
         """The sweep, in a session of its own; what it says goes to a log."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.blank and not (self.folder / "mlflow.db").exists():
+            shutil.copy(self.blank, self.folder)
         path = self.folder / f"log-{len(self.logs)}"
         with path.open("w") as log:
             streams = {"stdout": log, "stderr": log, "text": True}
@@ -251,6 +266,12 @@ def born(pid: int) -> int:
     return int(words[19]) if words else 0
 
 
+def members_of(group: int) -> list[int]:
+    """The processes of a group that are alive."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [pid for pid in pids if (words := status_of(pid)) and int(words[2]) == group]
+
+
 def wait_for(condition: Callable[[], Any], seconds: float, process: subprocess.Popen[str] | None = None) -> Any:
     """What the condition answers once that is true; AssertionError if it is not in time, or the process has ended."""
     deadline = time.monotonic() + seconds
@@ -291,6 +312,14 @@ class Server:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
+
+    def end(self) -> str:
+        """Tell it to end, and wait until all of its processes have. What it has said."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        wait_for(lambda: not members_of(self.process.pid), 30)
+        return (self.folder / "log").read_text()
 
     def kill(self) -> None:
         """Kill it and all of its processes."""
@@ -364,6 +393,20 @@ def under_way(scene: Scene, process: subprocess.Popen[str], since: float, kept: 
         return sum(len(attempt.kept) for attempt in fresh) >= kept
 
     wait_for(some, 180, process)
+
+
+@contextlib.contextmanager
+def standing_still(scene: Scene) -> Iterator[None]:
+    """SIGSTOP the workers in the middle of a pack, and have them go on at the end: so long the sweep is not over."""
+    pids = [attempt.pid for attempt in scene.busy()]
+    assert pids, "no worker is in the middle of a pack"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def kill_driver(process: subprocess.Popen[str]) -> None:
@@ -506,11 +549,20 @@ def tables_of(scene: Scene) -> tuple[dict[str, str], int]:
 
 
 def main() -> None:
-    """`headway`, with its sweeps metered."""
-    from cluster import cli, dispatch
+    """`headway`, with its sweeps metered; `untold-sweep` is a sweep that ends once all is trained and settled."""
+    from cluster import cli, dispatch, driver
 
     dispatch.train_pack = metered_pack
+    if sys.argv[1] == UNTOLD:
+        sys.argv[1] = "sweep"
+        driver.analyze = tell_nothing
     sys.exit(cli.main())
+
+
+def tell_nothing(*what: object) -> tuple[Analysis, Path]:
+    """In place of a sweep's analysis and report."""
+    nothing = pd.DataFrame({"outcome": []})
+    return Analysis(heads=nothing, members=nothing, widths=nothing), Path("no report")
 
 
 if __name__ == "__main__":

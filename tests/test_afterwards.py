@@ -36,14 +36,14 @@ LEVEL, RATE = QUANTITIES[1], "train.learning_rate"
 
 
 @pytest.fixture(scope="module")
-def ledger(tmp_path_factory):
+def ledger(tmp_path_factory, blank_store):
     """A folder with a ledger of one finished sweep, `planted`: widths 8 and 16, two seeds; one member has diverged."""
     folder = tmp_path_factory.mktemp("ledger")
     sweep = make_sweep(seeds=2)
     plan = {((width,), seed): heads(("emerged", 20 + 10 * seed)) for width in (8, 16) for seed in (0, 1)}
     plan[(16,), 1] = ("diverged", "diverged at step 31")
     made = Planted(sweep, plan)
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = f"sqlite:///{shutil.copy(blank_store, folder)}"
     held = tracking.open_sweep(tracking.connect(uri), uri, sweep)
     members = validate(sweep)
     runs = MemberRuns(held.place, Pack(members=members), "cpu")

@@ -1,6 +1,7 @@
 """The toys through the whole house but Ray and MLflow: packed, trained, probed, analysed, and put on a page."""
 
 import dataclasses
+import shutil
 
 import pandas as pd
 import pytest
@@ -75,10 +76,11 @@ def test_a_toy_is_planned(tmp_path):
     assert len(plan.costs) == 2
 
 
-def test_an_empty_plan_says_so(capsys, tmp_path, monkeypatch):
+def test_an_empty_plan_says_so(capsys, tmp_path, monkeypatch, blank_store):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cluster.tracking.settled_members", lambda client, uri, sweep: {m.id for m in sweep.members()})
-    assert main(["sweep", "tiny", "--dry-run", "--tracking-uri", f"sqlite:///{tmp_path}/x.db"]) == 0
-    (tmp_path / "y.db").touch()
+    few = ["--data.rows", "64", "--data.validation-rows", "16", "--probe.examples", "16", "--system.box.n", "6"]
+    assert main(["sweep", "tiny", "--dry-run", "--tracking-uri", f"sqlite:///{tmp_path}/x.db", *few]) == 0
+    shutil.copy(blank_store, tmp_path / "y.db")
     assert main(["sweep", "tiny", "--dry-run", "--tracking-uri", f"sqlite:///{tmp_path}/y.db"]) == 0
     assert "0 members to train (4 done)" in capsys.readouterr().out

@@ -1,7 +1,9 @@
 """The command as a user types it: help that teaches, plans, and bad input in one line with code 2, nothing started."""
 
+import contextlib
 import errno
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +86,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
-def test_bad_input_is_one_clear_line_and_code_2(arguments, message, capsys, elsewhere):
+def test_bad_input_is_one_clear_line_and_code_2(arguments, message, capsys, elsewhere, blank_store):
+    if "--store" in arguments:  # which is tried once there is a ledger
+        shutil.copy(blank_store, elsewhere)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -138,13 +142,27 @@ def test_version(capsys):
     assert re.fullmatch(r"headway \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
+FEW = ["--data.rows", "64", "--data.validation-rows", "16", "--probe.examples", "16", "--probe.sparse-examples", "8",
+       "--system.box.n", "6", "--system.box.radius", "0.1"]  # fmt: skip
+
+
 def test_a_dry_run_plans_and_starts_nothing(capsys, elsewhere):
-    assert main(["sweep", "tiny", "--dry-run", "--seeds", "3", "--pack-size", "2", "--data.rows", "64"]) == 0
+    assert main(["sweep", "tiny", "--dry-run", "--seeds", "3", "--pack-size", "2", *FEW]) == 0
     said = capsys.readouterr().out
     assert "6 members to train (0 done), 4 packs" in said
     assert "Nothing was started." in said
     assert re.search(r"memory of the largest pack [\d.]+ [kMG]B", said)
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_request_that_the_cluster_can_never_meet_leaves_nothing(capsys, elsewhere, monkeypatch, blank_store):
+    shutil.copy(blank_store, elsewhere)
+    monkeypatch.setattr(driver, "ray_cluster", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(driver.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    assert main(["sweep", "tiny", "--gpus", "3"]) == 2
+    said = capsys.readouterr().err
+    assert said == "headway: gpus: 3.0 is not allowed; it must be at most 0, all that one node has\n"
+    assert not any((elsewhere / "headway-out").iterdir())
 
 
 def test_axes_from_the_command_line():
@@ -158,7 +176,7 @@ def test_axes_from_the_command_line():
 
 def test_a_second_axis_flag_adds_to_the_first(capsys):
     axes = ["--axis", "model.heads=2,4", "--axis", "train.clip=None,1"]
-    assert main(["sweep", "tiny", "--dry-run", "--seeds", "1", "--widths", "16", *axes, "--data.rows", "64"]) == 0
+    assert main(["sweep", "tiny", "--dry-run", "--seeds", "1", "--widths", "16", *axes, *FEW]) == 0
     said = capsys.readouterr().out
     assert "4 members to train" in said
     assert "model.heads" in said

@@ -38,7 +38,7 @@ def test_strang_splitting_and_local_attention_go_the_eager_way_too():
 
 def test_a_process_compiles_more_shapes_than_torch_allows_by_itself(monkeypatch):
     """With a compiler that leaves everything as it is; torch gives up, or goes on eagerly, after 8."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", options=None))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", options=None))
     monkeypatch.setattr(compiled, "_kernels", functools.cache(compiled._kernels.__wrapped__))
     torch._dynamo.reset()
     for members in range(1, 12):

@@ -15,17 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.server import require_proxied
 from tests import faults
 from tests.faults import Scene, Server, inspect, tables_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
-SHORT = {"members": 4, "steps": 800, "pack_size": 2}
+SHORT = {"members": 4, "steps": 800, "pack_size": 2, "told": False}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A sweep without faults, and its tables."""
-    scene = Scene(folder=tmp_path_factory.mktemp("undisturbed"), **SHORT)
+def undisturbed(tmp_path_factory, blank_store):
+    """A sweep without faults, by one worker, and its tables."""
+    scene = Scene(folder=tmp_path_factory.mktemp("undisturbed"), blank=blank_store, workers=1, **SHORT)
     scene.run()
     tables, repeats = tables_of(scene)
     assert (len(tables), repeats) == (4, 0)
@@ -64,10 +65,10 @@ def test_the_report_tells_what_is_wrong(undisturbed, tmp_path):
     assert not found.sound
 
 
-def test_killed_workers_and_drivers_and_spoiled_checkpoints_leave_no_trace(undisturbed, tmp_path):
+def test_killed_workers_and_drivers_and_spoiled_checkpoints_leave_no_trace(undisturbed, tmp_path, blank_store):
     """Two workers are killed, then the driver, and what it has kept last is spoiled; a second driver refuses."""
     _, tables = undisturbed
-    scene, chance = Scene(folder=tmp_path / "struck", **SHORT), random.Random(3)
+    scene, chance = Scene(folder=tmp_path / "struck", blank=blank_store, **SHORT), random.Random(3)
     process = scene.start()
     faults.under_way(scene, process, 0.0)
     assert faults.kill_workers(scene, process, 2, chance, pause=(0.1, 0.3)) == 2
@@ -80,7 +81,8 @@ def test_killed_workers_and_drivers_and_spoiled_checkpoints_leave_no_trace(undis
         faults.truncate(path)
     since, process = time.time(), scene.start()  # at once: the dead driver is seen to be gone
     faults.under_way(scene, process, since)
-    assert "is held by driver" in scene.run(code=2)
+    with faults.standing_still(scene):
+        assert "is held by driver" in scene.run(code=2)
     scene.end(process)
     found = inspect(scene, tables, spoiled=[path.stem for path in (first, *more[:1])])
     assert found.sound, found
@@ -88,7 +90,10 @@ def test_killed_workers_and_drivers_and_spoiled_checkpoints_leave_no_trace(undis
 
 
 def test_without_a_node_a_sweep_ends_soon_and_goes_on_later(undisturbed, tmp_path):
-    """The only node goes for good: one line, nothing left RUNNING; with another node the same command goes on."""
+    """The only node goes for good: one line, nothing left RUNNING; with another node the same command goes on.
+
+    The ledger is a server's, which keeps runs and artifacts in its folder, and ends when told, with all its processes.
+    """
     _, tables = undisturbed
     with Server(tmp_path / "server") as server, faults.ray_nodes(0) as cluster:
         node = faults.add_node(cluster)
@@ -102,5 +107,8 @@ def test_without_a_node_a_sweep_ends_soon_and_goes_on_later(undisturbed, tmp_pat
         assert scene.query("SELECT 1 FROM runs WHERE status = 'RUNNING'") == []
         faults.add_node(cluster)
         scene.run()
+        assert f"--tracking-uri {server.uri}" in server.end()
+        assert not server.answers()
         found = inspect(scene, tables)
+        require_proxied(f"sqlite:///{server.folder}/mlflow.db", server.folder)
     assert found.sound, found

@@ -10,6 +10,7 @@ import torch
 
 from cluster import curves as tables
 from cluster.curves import KEYS, Curves
+from cluster.encoding import encode
 from cluster.pack import (
     FolderSink,
     Pace,
@@ -272,13 +273,15 @@ def test_the_bare_command_skips_what_is_done_and_refuses_nonsense(tmp_path, caps
     calls = []
     monkeypatch.setattr("cluster.pack.run_pack", lambda pack, *rest: calls.append(pack))
     (tmp_path / "members").mkdir()
-    assert main(["tiny", "--out", str(tmp_path), "--device", "cpu", "--size", "1"]) == 0
+    (tmp_path / "stored.json").write_text(json.dumps(encode(dataclasses.replace(SWEEP, widths=(8, 16), seeds=2))))
+    command = [str(tmp_path / "stored.json"), "--out", str(tmp_path), "--device", "cpu", "--size", "1"]
+    assert main(command) == 0
     assert len(calls) == 4
     done = calls[0].members[0].id
     (tmp_path / "members" / done).mkdir()
     (tmp_path / "members" / done / "member.json").write_text("{}")
     calls.clear()
-    main(["tiny", "--out", str(tmp_path), "--device", "cpu", "--size", "1"])
+    assert main(command) == 0
     assert len(calls) == 3
     for arguments, message in (
         (["tyny"], "did you mean 'tiny'"),

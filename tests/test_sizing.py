@@ -132,9 +132,10 @@ def test_rooms_are_found_by_node(monkeypatch):
 def test_the_dry_run_tells_sizes_and_reasons(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     uri = f"sqlite:///{tmp_path}/x.db"
-    assert main(["sweep", "tiny", "--dry-run", "--workers", "2", "--tracking-uri", uri]) == 0
+    few = ["--data.rows", "64", "--data.validation-rows", "16", "--probe.examples", "16", "--system.box.n", "6"]
+    assert main(["sweep", "tiny", "--dry-run", "--workers", "2", "--tracking-uri", uri, *few]) == 0
     assert "every worker has work" in capsys.readouterr().out
-    assert main(["sweep", "tiny", "--dry-run", "--pack-size", "1", "--tracking-uri", uri]) == 0
+    assert main(["sweep", "tiny", "--dry-run", "--pack-size", "1", "--tracking-uri", uri, *few]) == 0
     told = capsys.readouterr().out
     assert "--pack-size" in told
     assert "a worker takes 0.5 GB before that, and has" in told

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -22,8 +23,8 @@ PACK = Pack(members=MEMBERS[:2])
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    uri = tracking.resolve_uri(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+def store(tmp_path_factory, blank_store):
+    uri = f"sqlite:///{shutil.copy(blank_store, tmp_path_factory.mktemp('store'))}"
     return tracking.connect(uri), uri
 
 
