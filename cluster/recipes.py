@@ -72,17 +72,18 @@ def architectures() -> Sweep:
 
 
 def active_matter() -> Sweep:
-    """Scores of eight swimmers tied by springs, whose density is Gaussian, and of eight that repel each other too; four
-    seeds each, some minutes on two cores."""
+    """Scores of sixteen swimmers in a wide trap, tied by weak springs: a Gaussian density; and of sixteen that repel each
+    other where they touch, too. Four seeds each, some minutes on two cores."""
+    swimmers = Swimmers(n=16, speed=0.5, turning=0.1, diffusion=0.1, trap=0.05, spring=0.01, time_step=0.02)
     return Sweep(
         name="active-matter",
         widths=(32,),
         seeds=4,
         axes={"system.swimmers.repulsion": (0.0, 2.5)},
-        system=ActiveMatter(swimmers=Swimmers(time_step=0.01), relax=10.0, spacing=2.0),
+        system=ActiveMatter(swimmers=swimmers, relax=40.0, spacing=4.0, rows_per_trajectory=32),
         data=DataConfig(rows=8192, validation_rows=1024),
         model=ModelConfig(layers=2, heads=4),
-        train=TrainConfig(steps=2000, batch_size=64, learning_rate=1e-3),
+        train=TrainConfig(steps=6000, batch_size=64, learning_rate=1e-3),
     )
 
 
