@@ -72,8 +72,8 @@ def architectures() -> Sweep:
 
 
 def active_matter() -> Sweep:
-    """Scores of sixteen swimmers in a wide trap, tied by weak springs: a Gaussian density; and of sixteen that repel each
-    other where they touch, too. Four seeds each, some minutes on two cores."""
+    """Scores of sixteen swimmers in a wide trap, tied by weak springs, whose density is Gaussian, and of sixteen that
+    repel each other where they touch, too; four seeds each, some minutes on two cores."""
     swimmers = Swimmers(n=16, speed=0.5, turning=0.1, diffusion=0.1, trap=0.05, spring=0.01, time_step=0.02)
     return Sweep(
         name="active-matter",

@@ -1,5 +1,10 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,6 +20,14 @@ def blank_store(tmp_path_factory):
     path = tmp_path_factory.mktemp("blank") / "mlflow.db"
     tracking.connect(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture
+def plain_environment(monkeypatch):
+    """Of commands in this process, and of their workers."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
 
 
 def pytest_collection_modifyitems(items):

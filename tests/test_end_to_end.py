@@ -20,18 +20,9 @@ from cluster.pack import main as bare_main
 from cluster.recipes import tiny
 from tests.faults import tell_nothing
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.usefixtures("plain_environment")]
 SMALL = ["--data.rows", "128", "--data.validation-rows", "16", "--probe.examples", "8", "--probe.sparse-examples", "4",
          "--system.box.n", "6", "--system.box.radius", "0.1"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
-    """Of commands in this process, and of their workers."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
 
 
 def start(folder, *arguments):

@@ -184,6 +184,11 @@ def test_every_figure_is_there_and_embedded(planted, page):
     assert all(base64.b64decode(source.partition("base64,")[2])[1:4] == b"PNG" for source in sources)
 
 
+def test_geometry_that_was_not_measured_is_not_spoken_of(page):
+    assert "Degenerate geometry" not in page
+    assert "degree k" not in page
+
+
 def test_no_asset_is_fetched(page):
     assert not re.search(r'src="(?!data:)|<link|<script|@import|url\(', page)
     assert re.findall(r'href="([^#][^"]*)"', page) == ["http://127.0.0.1:5000/#/x"]
