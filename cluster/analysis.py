@@ -338,6 +338,22 @@ def member_keys(run: Run, sweep: Sweep) -> dict[str, Any]:
     return {"member_id": tags["member_id"], "run_id": run.info.run_id, **axes, "seed": int(tags["seed"])}
 
 
+def member_axes(runs: Sequence[Run], sweep: Sweep, analysis: Analysis) -> dict[str, dict[str, Any]]:
+    """By run what names a member, in the order of the member table, with its types."""
+    by_run = {run.info.run_id: member_keys(run, sweep) for run in runs}
+    if len(analysis.members):
+        names = list(next(iter(by_run.values()), {}))
+        known = {str(row["run_id"]): row for row in analysis.members[names].to_dict("records")} if names else {}
+        by_run = {run: {str(k): v for k, v in known.get(run, own).items()} for run, own in by_run.items()}
+        order = {run: place for place, run in enumerate(known)}
+        by_run = dict(sorted(by_run.items(), key=lambda item: order.get(item[0], len(order))))
+    for name in sweep.axis_names:
+        if any(isinstance(own[name], str) for own in by_run.values()):  # one type a column
+            for own in by_run.values():
+                own[name] = str(own[name])
+    return by_run
+
+
 def number(text: str) -> float | int | str:
     """A tag's text as the number it stands for, or as it is."""
     for kind in (int, float):

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 from cluster import tracking
-from cluster.analysis import Analysis, load_analysis, member_keys
+from cluster.analysis import Analysis, load_analysis, member_axes
 from cluster.arguments import StoreOptions, named, open_named
 from cluster.display import count
 from cluster.driver import Desk, Settings
@@ -114,7 +114,8 @@ def export_sweep(desk: Desk, parent: Run, sweep: Sweep, folder: Path) -> Exporte
                 lacking.append(f"{name}.parquet: no member has finished")
         if not copy_folder(client, place.parent, "report", fresh):
             lacking.append("report: there is none yet; `headway report` makes one")
-        lacking += [*analysis.left_out, *unlike(analysis, {run.info.run_id for run in finished})]
+        lacking += [line.removesuffix(".") for line in analysis.left_out]
+        lacking += unlike(analysis, {run.info.run_id for run in finished})
         fetch(client, place.parent, "analysis/sweep.json", Path(work)).rename(fresh / "laws.json")
         entries = describe(fresh, sweep)
         (fresh / "README.txt").write_text(readme(sweep, entries, lacking))
@@ -143,9 +144,9 @@ def unlike(analysis: Analysis, finished: Collection[str]) -> list[str]:
             f"{count(len(gone), 'member')} in curves and figures: the analysis is of runs that no longer count, as the "
             "members were trained again; `headway analyze` puts that right"
         )
-    if not measured:
+    if not measured and not analysis.left_out:
         found.append("llc.parquet, degrees.parquet: `headway probe llc` has measured none")
-    elif rest := done - measured:
+    elif measured and (rest := done - measured):
         found.append(
             f"{len(rest):,} of {count(len(done), 'member')} in llc and degrees: not measured, or measured before they "
             "were trained again; `headway probe llc` adds them"
@@ -159,22 +160,6 @@ def write_tables(folder: Path, analysis: Analysis) -> None:
         table: pd.DataFrame = getattr(analysis, name)
         if len(table.columns):
             table.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
-
-
-def member_axes(runs: Sequence[Run], sweep: Sweep, analysis: Analysis) -> dict[str, dict[str, Any]]:
-    """By run what names a member, in the order of the member table, with its types."""
-    by_run = {run.info.run_id: member_keys(run, sweep) for run in runs}
-    if len(analysis.members):
-        names = list(next(iter(by_run.values()), {}))
-        known = {str(row["run_id"]): row for row in analysis.members[names].to_dict("records")} if names else {}
-        by_run = {run: {str(k): v for k, v in known.get(run, own).items()} for run, own in by_run.items()}
-        order = {run: place for place, run in enumerate(known)}
-        by_run = dict(sorted(by_run.items(), key=lambda item: order.get(item[0], len(order))))
-    for name in sweep.axis_names:
-        if any(isinstance(own[name], str) for own in by_run.values()):  # one type a column
-            for own in by_run.values():
-                own[name] = str(own[name])
-    return by_run
 
 
 def write_members(client: MlflowClient, path: Path, keys: Mapping[str, Mapping[str, Any]], work: Path) -> bool:

@@ -222,16 +222,18 @@ def ceiling_lines(points: Sequence[Point]) -> list[str]:
     """A line where lift cannot rise far, or not equally far at all points; no head attends by more than all it has."""
     shares = [share for share in map(uniform_share, points) if math.isfinite(share)]
     low, high = min(shares, default=math.nan), max(shares, default=math.nan)
-    hopeless = f": no head can reach lift {LEVEL_LIFT:g}" if 1 / high < LEVEL_LIFT else ""
+    hopeless = sum(1 / share < LEVEL_LIFT for share in shares)
+    where = "" if hopeless == len(shares) else f" at {hopeless:,} of {len(shares):,} points"
+    end = f": no head can reach lift {LEVEL_LIFT:g}{where}" if hopeless else ""
     if high > UNEVEN * low:
         most = f"lift is at most {1 / low:.1f} and {1 / high:.1f} there"
         return [
             f"Uniform attention gives related tokens {low:.0%} of the weight at one point and {high:.0%} at another, "
-            f"so {most}{hopeless or ', and a level is not the same demand'}."
+            f"so {most}{end or ', and a level is not the same demand'}."
         ]
     if high > CROWDED:
         start = f"Uniform attention already gives related tokens {high:.0%} of the weight"
-        return [f"{start}, so lift is at most {1 / high:.1f}{hopeless}."]
+        return [f"{start}, so lift is at most {1 / high:.1f}{end}."]
     return []
 
 

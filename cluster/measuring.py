@@ -22,7 +22,7 @@ from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 
 from cluster import tracking
-from cluster.analysis import Analysis, load_analysis, member_keys
+from cluster.analysis import Analysis, load_analysis, member_axes
 from cluster.dispatch import make_pools, ray_cluster, settle_resources, slots
 from cluster.driver import Desk, make_report
 from cluster.encoding import decode
@@ -85,11 +85,8 @@ def measure_geometry(
     todo = [each for each in subjects if tagged.get(each.run_id) != each.facts_id or desk.settings.redo]
     failed = measure_members(desk, place, request, todo, display) if todo else {}
     facts = {**tagged, **{each.run_id: each.facts_id for each in todo}}
-    keys = {
-        run: member_keys(each, sweep)
-        for each in counted.values()
-        if (run := each.info.run_id) in facts and run not in failed
-    }
+    have = [run for run in counted.values() if run.info.run_id in facts and run.info.run_id not in failed]
+    keys = member_axes(have, sweep, analysis)
     if keys:
         display.stage("gathering tables, writing the report")
         save_tables(desk.client, place.parent, fetch_tables(desk.client, keys, facts, request))
@@ -273,12 +270,7 @@ def fetch_tables(
             table = fetch_table(client, run_id, name, request)
             rests = table.assign(facts=facts[run_id], version=VERSION)
             found.append(pd.concat([pd.DataFrame([own] * len(table), index=table.index), rests], axis=1))
-    tables = {name: pd.concat(found, ignore_index=True) for name, found in parts.items()}
-    for table in tables.values():
-        for name in next(iter(keys.values())):
-            if table[name].map(type).nunique() > 1:  # one type a column, as in the tables of the analysis
-                table[name] = table[name].astype(str)
-    return tables
+    return {name: pd.concat(found, ignore_index=True) for name, found in parts.items()}
 
 
 def save_tables(client: MlflowClient, parent: str, tables: Mapping[str, pd.DataFrame]) -> None:

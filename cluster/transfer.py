@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import tracking
-from cluster.analysis import load_analysis, member_keys, number
+from cluster.analysis import load_analysis, member_axes, number
 from cluster.arguments import WORDS, StoreOptions, named, open_named
 from cluster.driver import Desk, Settings
 from cluster.encoding import set_field
@@ -27,6 +27,7 @@ from cluster.geometry import Kept
 from cluster.intervals import mean_interval
 from cluster.measuring import find_subjects
 from cluster.pack import make_pool, probe_batch, trivial_loss
+from cluster.report import swap
 from cluster.sweep import MemberConfig, Sweep, digest, part_sizes
 from cluster.trial import pool_name
 from probes.attention import AttentionScores, lift
@@ -77,27 +78,22 @@ def transfer_sweep(desk: Desk, parent: Run, sweep: Sweep, options: TransferOptio
     changes = parse_changes(options.to)
     runs = tracking.counted(tracking.children(client, place))
     which = {"widths": options.widths, "seeds": options.seeds}
-    subjects = find_subjects(client, sweep, load_analysis(client, place.parent), runs, which)
+    analysis = load_analysis(client, place.parent)
+    subjects = find_subjects(client, sweep, analysis, runs, which)
     others = [moved(each.config, changes) for each in subjects]
-    rows: dict[str, Mapping[Part, Rows]] = {}
-    figures, heads = [], []
+    keys = member_axes([runs[each.member_id] for each in subjects], sweep, analysis)
+    stock, figures, heads = Stock(options.examples), [], []
     for subject, other in zip(subjects, others, strict=True):
         home, sizes = subject.config, part_sizes(subject.config)
         most = min(sizes["validation"], sizes["probe"])
         require(options.examples <= most, "examples", options.examples, f"at most {most}, those kept from training")
-        pool = pool_name(home)
-        if pool not in rows:
-            rows[pool] = make_pool(home).parts
-        away = pool_name(other)
-        if away not in rows:
-            rows[away] = rows_there(other, rows[pool]["train"], options.examples)
-        keys = member_keys(runs[subject.member_id], sweep)
-        kept = Kept.fetch(client, subject.run_id)
-        own, by_head = measure(home, other, rows[pool], rows[away], kept, options.examples)
-        figures += [{**keys, **row} for row in own]
-        heads += [{**keys, **row} for row in by_head]
+        kept, rows = Kept.fetch(client, subject.run_id), (stock.here(home), stock.there(home, other))
+        own, by_head = measure(home, other, *rows, kept, options.examples)
+        figures += [{**keys[subject.run_id], **row} for row in own]
+        heads += [{**keys[subject.run_id], **row} for row in by_head]
     made = {"figures": pd.DataFrame(figures), "heads": pd.DataFrame(heads)}
-    folder = desk.out / sweep.id / f"transfer-{digest([sorted(changes.items()), options.examples])}"
+    asked = [sorted(changes.items()), options.examples, sorted(each.run_id for each in subjects)]
+    folder = desk.out / sweep.id / f"transfer-{digest(asked)}"
     write(folder, made, draw_transfer(made["figures"], made["heads"], sweep.system.relation))
     client.log_artifacts(place.parent, str(folder), folder.name)
     return Transferred(**made, folder=folder)
@@ -123,14 +119,31 @@ def moved(config: MemberConfig, changes: Mapping[str, object]) -> MemberConfig:
     return replace(config, system=system)
 
 
-def rows_there(config: MemberConfig, trained: Rows, count: int) -> dict[Part, Rows]:
-    """Rows of the other system in the units of the one that was trained on, as the network knows no others."""
-    stream = Generator.of("pool", config.data.seed)
-    made: dict[Part, Rows] = {}
-    for part in PARTS_USED:
-        clean = config.system.rows(part, count, stream).to("cpu", config.train.dtype)
-        made[part] = Rows(columns=clean.columns, statistics=trained.statistics)
-    return made
+class Stock:
+    """Rows of the systems that members were trained on and of the others, each made once."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._made: dict[object, Mapping[Part, Rows]] = {}
+
+    def here(self, home: MemberConfig) -> Mapping[Part, Rows]:
+        """What the member was trained and judged on."""
+        name = pool_name(home), home.train.dtype
+        if name not in self._made:
+            self._made[name] = make_pool(home).parts
+        return self._made[name]
+
+    def there(self, home: MemberConfig, other: MemberConfig) -> Mapping[Part, Rows]:
+        """Rows of the other system, in the units of what was trained on, as the network knows no others."""
+        name = pool_name(home), home.train.dtype, pool_name(other)
+        if name not in self._made:
+            units, stream = self.here(home)["train"].statistics, Generator.of("pool", other.data.seed)
+            made: dict[Part, Rows] = {}
+            for part in PARTS_USED:
+                clean = other.system.rows(part, self._count, stream).to("cpu", other.train.dtype)
+                made[part] = Rows(columns=clean.columns, statistics=units)
+            self._made[name] = made
+        return self._made[name]
 
 
 def measure(
@@ -186,13 +199,15 @@ def lifts_of(config: MemberConfig, snapshot: Snapshot, rows: Rows, each: int) ->
 
 
 def write(folder: Path, tables: Mapping[str, pd.DataFrame], figure: Figure) -> None:
-    """All of it under a temporary name, then renamed file by file: what is there is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """All of it under a temporary name, then renamed: the folder is of one call."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
+        fresh = Path(work) / "new"
+        fresh.mkdir()
         for name, table in tables.items():
-            table.to_parquet(Path(work) / f"{name}.parquet", index=False)
-            (Path(work) / f"{name}.parquet").replace(folder / f"{name}.parquet")
-    save(figure, folder / "transfer.png")
+            table.to_parquet(fresh / f"{name}.parquet", index=False)
+        save(figure, fresh / "transfer.png")
+        swap(fresh, folder, Path(work) / "old")
 
 
 def draw_transfer(figures: pd.DataFrame, heads: pd.DataFrame, relation: str) -> Figure:

@@ -52,7 +52,7 @@ class Drift:
 LOSS_GAP = "the loss falls by gradient flow in u|x|^k, time being cumulative learning rate"
 GRADIENT = "loss and gradient follow one direction of a potential u|x|^k; no dynamics"
 PROFILE = "the loss along this line, mean of both sides, is u|x|^k up to the largest |x|; no dynamics"
-LINE = "one-dimensional learning coefficient along the line at n_beta, gamma; equals 1/k only as n_beta grows"
+LINE = "one-dimensional learning coefficient along the line, taken to gamma = 0; equals 1/k only as n_beta grows"
 SCORE = "gradient flow in u|x|^k, and a score linear in x"
 
 
@@ -269,13 +269,15 @@ def line_points(gamma: float) -> Array:
 def degree_from_line(
     x: ArrayLike, loss: ArrayLike, n_beta: float, gamma: float, *, scale: float = 1.0, confidence: float = 0.9
 ) -> Degree:
-    """k = 1 / llc of the learning coefficient along one line,
+    """k = 1 / llc of the learning coefficient along one line, taken to gamma = 0,
 
-        llc = n_beta (E[L(x)] - L(0)),   x ~ exp(-n_beta L(x) - gamma/2 x^2),
+        llc(gamma) = n_beta (E[L(x)] - L(0)),   x ~ exp(-n_beta L(x) - gamma/2 x^2),
+        llc = (3 llc(gamma / 3) - llc(gamma)) / 2,
 
-    by quadrature over `x [P]`, the points of `line_points(gamma)`: nothing is sampled, so that only the examples
-    scatter. `loss [P]`, or `[n, P]` of n examples; L is `scale` times their mean. The interval is a jackknife's over 16
-    blocks of examples; the numbers are exact for one.
+    as a potential u|x|^k has llc(gamma) = 1/k - c gamma + O(gamma^2). By quadrature over `x [P]`, the points of
+    `line_points(gamma)`: nothing is sampled, so that only the examples scatter. `loss [P]`, or `[n, P]` of n examples;
+    L is `scale` times their mean. The interval goes by llc - llc(gamma / 3) to either side, for what is beyond first
+    order, and by a jackknife over 16 blocks of examples further.
 
     Refused where a loss is not finite, the density covers under 8 points, the coefficient is not above 0, what is odd
     in L (a slope at the point) changes it by more than 20%, the same at n_beta and gamma x 1/3 and x 3 differs by more
@@ -296,7 +298,7 @@ def degree_from_line(
     curves = scale * np.stack([mean, 0.5 * (mean + mean[::-1]), *left_out])
     if (_weights(places, curves[:1], n_beta * max(a for a, _ in NEARBY.values()), gamma)[0] > 0.01).sum() < ALIVE:
         return refused(LINE, "the density is narrower than the points about 0")
-    value, even, *others = _coefficients(places, curves, n_beta, gamma)
+    value, even, *_ = _coefficients(places, curves, n_beta, gamma)
     if not value > 0.0:
         return refused(LINE, f"coefficient {value:.3g} is not above 0")
     if not abs(value - even) <= TOLERANCE * value:
@@ -307,15 +309,17 @@ def degree_from_line(
     ]
     if moved:
         return refused(LINE, f"depends on the settings: {', '.join(moved)}")
-    half = 0.0
+    freer = _coefficients(places, curves, n_beta, gamma / 3.0)
+    free, _, *others = 1.5 * freer - 0.5 * _coefficients(places, curves, n_beta, gamma)
+    half = abs(free - freer[0])
     if others:
         error = np.sqrt((blocks - 1) / blocks * np.square(np.array(others) - np.mean(others)).sum())
-        half = float(stdtrit(blocks - 1, 0.5 * (1.0 + confidence)) * error)
-    low, high = value - half, value + half
+        half += float(stdtrit(blocks - 1, 0.5 * (1.0 + confidence)) * error)
+    low, high = free - half, free + half
     if low > 0.5 * (1.0 + 1e-6):
-        return refused(LINE, f"coefficient {value:.3g} (from {low:.3g}) is above 1/2")
+        return refused(LINE, f"coefficient {free:.3g} (from {low:.3g}) is above 1/2")
     return Degree(
-        k=float(1 / value), low=float(1 / high), high=float(1 / low) if low > 0 else np.inf, assumption=LINE, refusal=""
+        k=float(1 / free), low=float(1 / high), high=float(1 / low) if low > 0 else np.inf, assumption=LINE, refusal=""
     )
 
 

@@ -413,6 +413,8 @@ def test_where_lift_cannot_rise_far_it_is_told(planted):
         "10.0 and 3.3 there, and a level is not the same demand."
     ]
     assert told(3, 3) == ["Uniform attention already gives related tokens 30% of the weight, so lift is at most 3.3."]
+    (line,) = told(1, 6)
+    assert line.endswith("10.0 and 1.7 there: no head can reach lift 2 at 1 of 2 points.")
     assert told(6, 6) == [
         "Uniform attention already gives related tokens 60% of the weight, so lift is at most 1.7: no head can reach "
         "lift 2."

@@ -12,7 +12,7 @@ from cluster.geometry import Kept
 from cluster.pack import make_pool
 from cluster.recipes import RECIPES
 from cluster.sweep import DataConfig, ProbeConfig, Sweep
-from cluster.transfer import Transferred, draw_transfer, measure, moved, parse_changes, point_table, rows_there, write
+from cluster.transfer import Stock, Transferred, draw_transfer, measure, moved, parse_changes, point_table, write
 from sim.active_matter import ActiveMatter
 from sim.generator import Generator
 from sim.particles import ParticleBox, ParticleSystem
@@ -55,8 +55,11 @@ def test_the_same_system_is_the_same_here_and_there(pool):
 def test_a_network_that_says_nothing_has_the_loss_of_the_mean_square_target(pool):
     """In units of what was trained on: those of the other system's own would be others."""
     other = moved(CONFIG, {"box.n": 10, "box.radius": 0.06})
-    there = rows_there(other, pool["train"], 32)
-    assert there["validation"].statistics is pool["train"].statistics
+    there = Stock(32).there(CONFIG, other)
+    own = pool["train"].statistics
+    assert {name: value.tolist() for name, value in there["validation"].statistics.items()} == {
+        name: value.tolist() for name, value in own.items()
+    }
     assert there["validation"].columns["state"].shape[1] == 10
     (_, found), heads = measure(CONFIG, other, pool, there, kept(scale=0.0), 32)
     batch = other.system.draw(there["validation"], Generator.of("transfer", 0))
@@ -65,13 +68,26 @@ def test_a_network_that_says_nothing_has_the_loss_of_the_mean_square_target(pool
     assert all(row["lift_there"] == pytest.approx(1.0) for row in heads)  # attention is uniform
 
 
+def test_members_of_two_systems_that_go_to_one_keep_their_own_rows_and_units():
+    """One of them goes to where it is at home."""
+    stock, homes = Stock(16), [moved(CONFIG, {"box.n": n}) for n in (4, 6)]
+    others = [moved(home, {"box.n": 6}) for home in homes]
+    away = [stock.there(home, other) for home, other in zip(homes, others, strict=True)]
+    for home, there in zip(homes, away, strict=True):
+        here = stock.here(home)
+        assert set(here) == {"train", "validation", "probe"}
+        assert here["train"].columns["state"].shape[1] == home.system.box.n
+        assert there["probe"].columns["state"].shape[:2] == (16, 6)
+        assert there["probe"].statistics is here["train"].statistics
+    assert stock.there(homes[0], others[0]) is away[0]
+
+
 def test_local_attention_sees_as_many_neighbours_there():
     system = ActiveMatter(swimmers=BOX, noise=0.02, relax=0.2, spacing=0.1, rows_per_trajectory=8)
     model = ModelConfig(layers=1, heads=2, attention="local", neighbours=5)
     config = replace(SWEEP, system=system, model=model).members()[0].config
-    parts = make_pool(config).parts
-    other = moved(config, {"swimmers.n": 20, "swimmers.packing": 0.2})
-    (here, there), _ = measure(config, other, parts, rows_there(other, parts["train"], 32), kept(config), 32)
+    stock, other = Stock(32), moved(config, {"swimmers.n": 20, "swimmers.packing": 0.2})
+    (here, there), _ = measure(config, other, stock.here(config), stock.there(config, other), kept(config), 32)
     assert {name for name in here if name.startswith("balance_")} == {name for name in there if "balance" in name}
     assert here["entropy_production_expected"] != there["entropy_production_expected"]
 
