@@ -414,7 +414,7 @@ def test_a_coefficient_along_a_line_is_refused_where_it_is_no_degree():
 
 
 def test_intervals_of_the_coefficient_along_a_line_cover_the_scatter_of_examples():
-    """Curvatures h that scatter about 20; at one gamma the coefficient is 1/2 n_beta h / (n_beta h + gamma), not 1/2."""
+    """Curvatures h that scatter; at one gamma the coefficient is n_beta h / (n_beta h + gamma) / 2, not 1/2."""
     x, n, hits, spread = line_points(100.0), 48, 0, []
     rng = np.random.default_rng(3)
     for _ in range(200):
