@@ -659,11 +659,12 @@ def test_importance_finds_the_field_that_matters_or_says_why_not():
 def test_figures_numbers_and_tables(tmp_path, objectives):
     search, study = planted_search("--objective", *objectives)
     folder = tmp_path / "out"
-    searches.write_results(search, study, folder, "sqlite:///x.db", "headway sweep ...")
+    searches.write_results(search, study, folder, "postgresql://user:secret@host/x", "headway sweep ...")
     names = {"search.json", "history.png", "slices.png"} | ({"pareto.png"} if len(objectives) == 2 else set())
     assert {path.name for path in folder.iterdir()} == names
     body = json.loads((folder / "search.json").read_text())
     assert len(body["points"]) == 8
+    assert body["storage"] == "postgresql://user:...@host/x"
     # level falls with the rate; seconds is the number of the point, so each point of the front beats those before it
     values = {each["number"]: each["values"] for each in body["points"]}
     expected = [n for n in values if all(values[n][0] < values[m][0] for m in range(n))]
@@ -674,12 +675,12 @@ def test_figures_numbers_and_tables(tmp_path, objectives):
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     with console.file:
         found = search_results.Found(
-            study=study, url="sqlite:///x.db", folder=folder, command="do it", failed=0, seconds=3.0
+            study=study, url="postgresql://user:secret@host/x", folder=folder, command="do it", failed=0, seconds=3.0
         )
         search_results.show_found(console, search, found)
     said = console.export_text()
     assert ("Pareto front" in said) == (len(objectives) == 2)
-    assert "optuna-dashboard sqlite:///x.db" in said
+    assert "optuna-dashboard postgresql://user:...@host/x" in said
     assert "do it" in said
     assert "trials: 8 complete" in said
 
