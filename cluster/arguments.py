@@ -33,6 +33,9 @@ class StoreOptions:
     """Folder for reports."""
 
 
+STORAGE = "HEADWAY_STORAGE"  # the variable of a search's database, whose URL may hold a password
+
+
 def parse(kind: Any, arguments: Sequence[str], default: Any, prog: str, description: str) -> Any:
     """A dataclass from command-line arguments, or ValueError in one line. `--help` prints and ends the process."""
     options = {"default": default, "prog": prog, "description": description}

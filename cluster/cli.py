@@ -54,7 +54,7 @@ COMMANDS: Mapping[str, str] = {
     "stop": "cluster.jobs:stop_command",
 }
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-GO_ON = ("sweep", "probe", "search")  # which the same command goes on with
+GO_ON = ("sweep", "probe llc", "search")  # the others begin anew
 
 
 def load(command: str) -> Callable[[Sequence[str], Console], int]:
@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"headway: {error}; the same command goes on once that is mended", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = "; the ledger says what is done, the same command goes on from there" if command in GO_ON else ""
+        known = {command, " ".join(arguments[:2])} & set(GO_ON)
+        goes_on = "; the ledger says what is done, the same command goes on from there" if known else ""
         print(f"headway: stopped{goes_on}", file=sys.stderr)
         return 130
     except Exception as error:

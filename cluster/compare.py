@@ -186,15 +186,6 @@ class Row:
         return f"{'shown' if self.shown else 'not shown'} ({found})"
 
 
-def design(a: Side, b: Side) -> str:
-    """How members are exchanged between the sides, in words."""
-    if is_paired(a, b):
-        return (
-            "within each seed that both sides have (pairs), as seeds share their data order; the difference is of these"
-        )
-    return "between the two sides, as their seeds share no data order"
-
-
 def matched(a: pd.DataFrame, b: pd.DataFrame, paired: bool) -> tuple[pd.DataFrame, pd.DataFrame, int]:
     """Members of the seeds that both sides have, by seed, and how many these are; all, and 0, where none is paired."""
     common = set(a["seed"]) & set(b["seed"]) if paired else set()
@@ -215,6 +206,22 @@ def compare(a: Side, b: Side, quantities: Sequence[Quantity] = QUANTITIES) -> li
         rows += [_row(label, item, own[0], own[1], paired) for item in quantities]
         rows.append(_whether_and_when(label, own[0], own[1], paired))
     return adjusted(rows)
+
+
+def design(a: Side, b: Side, rows: Sequence[Row]) -> str:
+    """How members were exchanged between the sides in these rows of theirs, in words."""
+    if not is_paired(a, b):
+        return "between the two sides, as their seeds share no data order"
+    in_pairs = {row.pairs > 0 for row in rows if row.n_a and row.n_b}
+    within = "within each seed that both sides have (pairs), as seeds share their data order"
+    if in_pairs == {True}:
+        return f"{within}; the difference is of these"
+    if in_pairs == {True, False}:
+        return (
+            f"{within}, and the difference is of these, in rows that tell how many are in pairs; between the two sides "
+            "in the others, as no seed has a value on both"
+        )
+    return "between the two sides: seeds share their data order, but none has a value on both"
 
 
 def cell(values: tuple[float, float, float], scale: Scale, ratio: bool = False) -> str:

@@ -121,7 +121,7 @@ def show(console: Console, a: Side, b: Side, rows: Sequence[Row], differs: Seque
         console.print(f"  {escape(name)}: {escape(first)} against {escape(second)}", soft_wrap=True)
     if not differs:
         console.print("  no field of the configs differs")
-    console.print(f"  p: members exchanged {design(a, b)}", soft_wrap=True)
+    console.print(f"  p: members exchanged {design(a, b, rows)}", soft_wrap=True)
     table = Table(*COLUMNS)
     for row in rows[:MOST]:
         table.add_row(*map(escape, cells(row)))
@@ -183,7 +183,7 @@ def write_page(folder: Path, a: Side, b: Side, rows: Sequence[Row], differs: Seq
         to_frame(rows).to_parquet(fresh / "compare.parquet", index=False)
         page = template("compare.html.j2").render(
             a=a, b=b, differs=differs, columns=COLUMNS, rows=[cells(row) for row in rows], picture=picture,
-            verdict=verdict(rows), how=design(a, b), confidence=CONFIDENCE, plural=plural,
+            verdict=verdict(rows), how=design(a, b, rows), confidence=CONFIDENCE, plural=plural,
         )  # fmt: skip
         (fresh / "compare.html").write_text(page, encoding="utf-8")
         swap(fresh, folder, Path(work) / "old")

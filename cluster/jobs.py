@@ -28,6 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.arguments import (
+    STORAGE,
     leading,
     make_sweep,
     named,
@@ -41,7 +42,7 @@ from cluster.display import count, duration
 from cluster.outside import PACKAGES, sources
 from cluster.recipes import load_sweep
 from cluster.sweep import Sweep, validate
-from cluster.tracking import TOLD
+from cluster.tracking import TOLD, shown
 from sim.checks import require
 
 for _name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
@@ -87,6 +88,8 @@ class SubmitOptions(ClusterOptions):
     """Absolute folder or object-store URL for checkpoints; several nodes need one that all can reach."""
     tracking_uri: str | None = None
     """MLflow server, or sqlite:////ABSOLUTE/PATH on a cluster of one node. Default: MLFLOW_TRACKING_URI."""
+    storage: str | None = None
+    """Of a search: Optuna's database. Default: HEADWAY_STORAGE, or optuna.db beside `out`."""
     wait: bool = True
     """Follow the job until it ends."""
     installed: bool = False
@@ -103,8 +106,12 @@ def submit_command(arguments: Sequence[str], console: Console) -> int:
     if {"-h", "--help"} & set(rest):
         parse(SubmitOptions, ["--help"], SubmitOptions(), f"{prog} {' '.join(names or ['RECIPE'])}", SUBMIT_HELP)
     (recipe,), (options, overrides) = names, split_arguments(rest, prog)
+    if command != "search":
+        require(options.storage is None, "storage", shown(options.storage or ""), "left out but for a search")
+    options = with_environment(options, command)
     require_lasting(options)
-    work = READ[command](recipe, overrides, f"{prog} {recipe}")
+    stored = ["--storage", options.storage] if options.storage else []
+    work = READ[command](recipe, [*overrides, *stored], f"{prog} {recipe}")
     files = own_files(recipe, work.sweep, options.ship)
     client = open_jobs(options.address)
     with staged(files, options.installed) as folder, plain_errors(client.get_address()):
@@ -138,10 +145,15 @@ def split_arguments(arguments: Sequence[str], prog: str) -> tuple[SubmitOptions,
     captured = io.StringIO()
     with contextlib.redirect_stderr(captured), wide_terminal():
         try:
-            options, others = tyro.cli(SubmitOptions, args=list(arguments), prog=prog, return_unknown_args=True)
+            return tyro.cli(SubmitOptions, args=list(arguments), prog=prog, return_unknown_args=True)
         except SystemExit:
             raise ValueError(one_line(captured.getvalue())) from None
-    return replace(options, tracking_uri=options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")), others
+
+
+def with_environment(options: SubmitOptions, command: str) -> SubmitOptions:
+    """With the places that variables name where no flag does."""
+    storage = options.storage or (os.environ.get(STORAGE) if command == "search" else None)
+    return replace(options, tracking_uri=options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), storage=storage)
 
 
 def require_lasting(options: SubmitOptions) -> None:
@@ -207,7 +219,7 @@ def own_files(recipe: str, sweep: Sweep, ship: Sequence[Path]) -> list[Path]:
 
 
 def entrypoint(command: str, recipe: str, overrides: Sequence[str], options: SubmitOptions) -> str:
-    """The job's command. The tracking URI, which may hold a password, goes by `runtime_env` instead."""
+    """The job's command. Tracking URI and `storage`, which may hold a password, go by `runtime_env` instead."""
     recipe = Path(recipe).name if recipe.endswith(".json") else recipe
     store = ["--store", options.store] if options.store else []
     return shlex.join(["python", "-m", "cluster.cli", command, recipe, *overrides, "--out", str(options.out), *store])
@@ -216,6 +228,8 @@ def entrypoint(command: str, recipe: str, overrides: Sequence[str], options: Sub
 def runtime_env(options: SubmitOptions, folder: Path | None) -> dict[str, Any]:
     """What Ray sets up for the job. Its variables must differ from those of `dispatch.ray_cluster`."""
     variables = {"MLFLOW_TRACKING_URI": str(options.tracking_uri), "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE)}
+    if options.storage:
+        variables[STORAGE] = options.storage
     return {"env_vars": variables, **({"working_dir": str(folder)} if folder else {})}
 
 

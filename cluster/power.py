@@ -13,6 +13,8 @@ difference d of two means of n members each, of standard deviation s: t' ~ t(2n 
 
 Where seeds share their data order (`data.order = "seed"`), what the members of a seed have in common cancels in slopes
 and differences: s is then the deviation about the means of settings and of seeds, a seed is a cluster, and nu = n - 1.
+Where members never get there it cancels in part alone, as `fit_width_law` fits no mean of a seed: with s' the deviation
+about the means of settings, and members missing independently of each other, s^2 becomes q s^2 + (1 - q) s'^2.
 
 `headway compare` tests a difference by exchanging members and calls it shown at a false discovery rate q over its m
 tests of a point. A difference of one quantity alone is shown at p < q / m. Permutations have p in steps of 2^(1 - n)
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -101,7 +103,8 @@ class Scatter:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pilot:
     """What members of a sweep scatter by. reached: share of finished members with a detector; None where a scatter
-    cannot be told. shared: whether seeds share their data order."""
+    cannot be told. shared: whether seeds share their data order. whole_level: scatter of log levels with what the
+    members of a seed have in common, beside a paired `log_level`."""
 
     widths: tuple[int, ...]
     members: int
@@ -110,6 +113,19 @@ class Pilot:
     log_level: Scatter | None
     share: Scatter | None
     shared: bool = False
+    whole_level: Scatter | None = None
+
+    @property
+    def slope_scatter(self) -> tuple[float, float] | None:
+        """Standard deviation of log levels that counts in a slope, and its upper end; None where it is not known.
+        Paired, it keeps the share 1 - reached of the variance that the members of a seed have in common."""
+        own, whole = self.log_level, self.whole_level
+        if own is None or whole is None or not own.paired:
+            return None if own is None else (own.deviation, own.high)
+        return self._mixed(own.deviation, whole.deviation), self._mixed(own.high, whole.high)
+
+    def _mixed(self, own: float, whole: float) -> float:
+        return math.sqrt(self.reached * own**2 + (1 - self.reached) * max(own, whole) ** 2)
 
 
 def read_pilot(sweep: Sweep, analysis: Analysis) -> Pilot:
@@ -125,15 +141,20 @@ def read_pilot(sweep: Sweep, analysis: Analysis) -> Pilot:
     levels = np.log(finished["level"].clip(lower=STEP_ZERO))
     within, seed, shared = [finished[name] for name in axes], finished["seed"], sweep.data.order == "seed"
     series = [*(finished[name] for name in axes if name != "width"), seed]
+    apart = scatter_in_pairs(levels, within, series) if shared else None
+    whole = pooled(levels, within)
+    if apart is not None and whole is not None:  # the luck of a seed is one, however many its members
+        whole = replace(whole, freedom=max(1, min(whole.freedom, seed[levels.notna()].nunique() - 1)))
     same_data = shared and not any(name.startswith(("data.", "system.")) for name in axes)
     return Pilot(
         widths=tuple(sorted(int(width) for width in finished["width"].unique())),
         members=len(finished),
         settings=finished.groupby(axes).ngroups,
         reached=float(finished["level"].notna().mean()),
-        log_level=(scatter_in_pairs(levels, within, series) if shared else None) or pooled(levels, within),
+        log_level=apart or whole,
         share=(scatter_in_pairs(shares, within, [seed]) if same_data else None) or pooled(shares, within),
         shared=shared,
+        whole_level=whole if apart is not None else None,
     )
 
 
@@ -243,14 +264,11 @@ class Need:
 def needs(pilot: Pilot, options: PlanOptions) -> list[Need]:
     """One for each exponent and difference that the pilot can speak of."""
     found = list[Need]()
-    widths, level, share = options.widths or pilot.widths, pilot.log_level, pilot.share
-    if level is not None and len(widths) >= MIN_WIDTHS:
+    widths, level, share, scatter = options.widths or pilot.widths, pilot.log_level, pilot.share, pilot.slope_scatter
+    if level is not None and scatter is not None and len(widths) >= MIN_WIDTHS:
         over = ", ".join(map(str, widths))
         for exponent in options.exponents:
-            plan = [
-                _slope_seeds(exponent, s, widths, pilot.reached, options, level.paired)
-                for s in (level.deviation, level.high)
-            ]
+            plan = [_slope_seeds(exponent, s, widths, pilot.reached, options, level.paired) for s in scatter]
             what = f"level ~ width^-g with g = {exponent:g}, over widths {over}"
             found.append(Need(what=what, seeds=plan[0], cautious=plan[1]))
     if share is not None:
@@ -282,6 +300,14 @@ def designs(pilot: Pilot) -> list[str]:
     if pilot.log_level is not None:
         how = "seen within each seed (they share their data order)" if pilot.log_level.paired else "seen over members"
         found.append(f"exponents: a two-sided test of the slope, {how}")
+        if pilot.whole_level is not None and pilot.reached < 1 and pilot.slope_scatter is not None:
+            counted, whole = (
+                number_text(each, ".3g") for each in (pilot.slope_scatter[0], pilot.whole_level.deviation)
+            )
+            found.append(
+                f"exponents: a seed's luck does not cancel where a width lacks it, as {1 - pilot.reached:.0%} of "
+                f"members have no detector: a standard deviation of {counted} counts (within a setting it is {whole})"
+            )
     if pilot.share is not None:
         paired = pilot.share.paired
         floor = next(n for n in range(2, 60) if attained(ALPHA / TESTS, n, paired) > 0)

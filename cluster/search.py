@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from cluster import tracking
+from cluster.arguments import STORAGE
 from cluster.dispatch import alive, open_shelf, ray_cluster, run_points, settle_resources, slots
 from cluster.display import LINE_EVERY, Live, count, loss_text
 from cluster.driver import Desk, Settings, require_writable
@@ -50,16 +52,17 @@ from sim.generator import Generator
 
 
 def storage_url(settings: Settings, given: str | None, ledger: str) -> str:
-    """Optuna's database: the one given, or `optuna.db` beside the output folder. ValueError if it is MLflow's."""
+    """Optuna's database: the one given, or HEADWAY_STORAGE, or `optuna.db` beside the output folder. ValueError if it
+    is MLflow's."""
     out = settings.out.expanduser().absolute()
-    url = tracking.resolve_uri(given or f"sqlite:///{out.parent / 'optuna.db'}")
+    url = tracking.resolve_uri(given or os.environ.get(STORAGE) or f"sqlite:///{out.parent / 'optuna.db'}")
     prefix = "sqlite:///"
     same = url == ledger or (
         url.startswith(prefix)
         and ledger.startswith(prefix)
         and Path(url.removeprefix(prefix)).resolve() == Path(ledger.removeprefix(prefix)).resolve()
     )
-    require(not same, "storage", url, "a database of its own, not MLflow's")
+    require(not same, "storage", tracking.shown(url), "a database of its own, not MLflow's")
     require("://" in url, "storage", url, "a database URL such as sqlite:///optuna.db or postgresql://...")
     return url
 
@@ -71,7 +74,9 @@ def open_study(search: Search, url: str) -> optuna.Study:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=waiting)
         known = search.name in optuna.study.get_all_study_names(storage)
     except Exception as error:  # any driver's own error: the database cannot be opened
-        raise ValueError(f"storage: {url!r} cannot be opened ({str(error).strip().splitlines()[0]})") from error
+        raise ValueError(
+            f"storage: {tracking.shown(url)!r} cannot be opened ({str(error).strip().splitlines()[0]})"
+        ) from error
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if search.options.prune:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=search.sweep.train.steps // 4)
@@ -197,7 +202,7 @@ def write_results(search: Search, study: optuna.Study, folder: Path, url: str, c
     front = [trial.number for trial in best(search, study)]
     body = {
         "study": study.study_name,
-        "storage": url,
+        "storage": tracking.shown(url),
         "sampler": search.options.sampler,
         **search.spec,
         "directions": search.directions,

@@ -55,7 +55,8 @@ class SearchOptions:
     study: str | None = None
     """Name of the study. Default: of the recipe, and a digest of all that makes its points."""
     storage: str | None = None
-    """Optuna's database, apart from MLflow's. Default: optuna.db beside the output folder."""
+    """Optuna's database, apart from MLflow's. Default: HEADWAY_STORAGE, which no listing of processes shows as it does
+    a password given here, or optuna.db beside the output folder."""
 
     def __post_init__(self) -> None:
         require(self.points >= 1, "points", self.points, "at least 1")

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
+from cluster import tracking
 from cluster.display import count, duration
 from cluster.driver import Desk, Settings
 from cluster.encoding import encode
@@ -153,6 +154,6 @@ def show_found(console: Console, search: Search, found: Found) -> None:
     counts = {state.name.lower(): states.count(state) for state in TrialState if state in states}
     console.print(f"trials: {', '.join(f'{n} {name}' for name, n in counts.items())}; {duration(found.seconds)}")
     console.print(f"figures:   {found.folder}", soft_wrap=True)
-    console.print(f"dashboard: optuna-dashboard {shlex.quote(found.url)}", soft_wrap=True)
+    console.print(f"dashboard: optuna-dashboard {shlex.quote(tracking.shown(found.url))}", soft_wrap=True)
     if found.command:
         console.print(f"more seeds at point {front[0].number}:\n  {found.command}", soft_wrap=True)

@@ -57,7 +57,8 @@ class StudySearcher(Searcher):
 
     points: how many COMPLETE or PRUNED trials the study shall have in all. Trials that FAIL in this call are not
     replaced in it; suggestions that cannot be built are, and are kept as FAIL with their cause.
-    patience: seconds that the ledger may be away while a point is begun, then BrokenOffError.
+    patience: seconds that the ledger may be away while a point is begun, or one that is done is looked up, then
+    BrokenOffError.
     """
 
     def __init__(
@@ -114,21 +115,24 @@ class StudySearcher(Searcher):
                 return None
             try:
                 config = self.bench.begin(trial.params, trial.number)
-                self.since = math.inf
                 if config is not None:
+                    self.since = math.inf
                     self.live[trial_id] = Live(identity, [trial])
                     return config
                 self._tell([trial], self.bench.end(trial.params))
+                self.since = math.inf
                 return None
             except TrackingError as error:  # somebody else is at work on the point
                 self._tell([trial], Verdict(cause=str(error)))
+                self.since = math.inf
                 return None
             except UNTOLD as away:
                 self.since = min(self.since, time.monotonic())
                 if time.monotonic() - self.since > self.patience:
                     reason = (str(away) or repr(away)).splitlines()[0]
                     raise BrokenOffError(
-                        f"no point could be begun for {self.patience:.0f} s ({reason}); the same command goes on later"
+                        f"no point could be begun or ended for {self.patience:.0f} s ({reason}); "
+                        "the same command goes on later"
                     ) from away
                 self.waiting = trial
                 time.sleep(1.0)

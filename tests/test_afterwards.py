@@ -290,11 +290,28 @@ def test_sides_that_share_few_of_their_seeds_are_paired_by_these():
     assert cells(row)[2] == "16, 4; 4 in pairs"
     (later,) = [row for row in rows if row.quantity == compare.LATER]
     assert later.pairs == 4
-    assert "within each seed that both sides have" in compare.design(a, b)
+    words = compare.design(a, b, rows)
+    assert words.startswith("within each seed that both sides have (pairs)")
+    assert "between" not in words
     apart = table.copy()
     apart.loc[apart[RATE] == 0.004, "seed"] += 100
     b = side("B", dataclasses.replace(analysis, members=apart), sweep, f"{RATE}=0.004")
-    assert row_of(compare.compare(a, b), LEVEL, "all members").pairs == 0
+    rows = compare.compare(a, b)
+    assert {row.pairs for row in rows} == {0}
+    words = compare.design(a, b, rows)
+    assert words == "between the two sides: seeds share their data order, but none has a value on both"
+    own = swept(seeds=16, widths=(32,), order="member")
+    sides = (dataclasses.replace(each, sweep=own) for each in (a, b))
+    assert compare.design(*sides, rows) == "between the two sides, as their seeds share no data order"
+    some = table.copy()  # four seeds in common, of which none has a detector on both sides
+    some.loc[(some[RATE] == 0.001) & some["seed"].isin((1, 5, 9, 13)), "level"] = np.nan
+    analysis = dataclasses.replace(analysis, members=some)
+    a, b = side("A", analysis, sweep, f"{RATE}=0.001"), side("B", analysis, sweep, f"{RATE}=0.004")
+    rows = compare.compare(a, b)
+    assert (row_of(rows, LEVEL, "all members").pairs, row_of(rows, QUANTITIES[0], "all members").pairs) == (0, 4)
+    words = compare.design(a, b, rows)
+    assert "in rows that tell how many are in pairs; between the two sides in the others" in words
+    assert "4 in pairs" in cells(row_of(rows, QUANTITIES[0], "all members"))[2]
 
 
 def test_the_interval_of_a_difference_of_paired_shares_covers_it():

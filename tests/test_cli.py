@@ -209,6 +209,23 @@ def test_what_breaks_a_sweep_off_from_outside_is_one_line_and_code_1(monkeypatch
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"),
+    [
+        (["sweep", "tiny"], True), (["search", "tiny"], True), (["probe", "llc", "tiny"], True),
+        (["probe", "calibrate", "tiny"], False), (["probe", "transfer", "tiny"], False), (["analyze", "tiny"], False),
+    ],
+)  # fmt: skip
+def test_an_interrupted_command_says_that_it_goes_on_only_where_it_does(monkeypatch, capsys, arguments, goes_on):
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", lambda command: interrupt)
+    assert main(arguments) == 130
+    more = "; the ledger says what is done, the same command goes on from there" if goes_on else ""
+    assert capsys.readouterr().err == f"headway: stopped{more}\n"
+
+
 def test_a_ledger_that_cannot_be_told_hides_no_cause(monkeypatch, capsys):
     """The server is away at the end too: why the sweep ended is what is raised; only a good end needs the ledger."""
 

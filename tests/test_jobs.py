@@ -28,6 +28,8 @@ from rich.console import Console
 from cluster import jobs, server, tracking
 from cluster import nodes as node_checks
 from cluster.driver import Settings
+from cluster.search import storage_url
+from cluster.search_config import parse_search
 
 ROOT = Path(__file__).resolve().parent.parent
 URL = "http://127.0.0.1:8265"
@@ -41,7 +43,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN",
-                 "RAY_AUTH_TOKEN_PATH"):  # fmt: skip
+                 "RAY_AUTH_TOKEN_PATH", "HEADWAY_STORAGE"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -120,11 +122,11 @@ def test_a_sweep_is_sent_with_its_packages_and_nothing_else_is_touched(client, c
 
 def test_a_search_is_sent_likewise_and_its_code_is_the_jobs_own(client, console, capsys):
     client.last = info("FAILED", 1)
-    storage = ["--storage", "postgresql://host/optuna"]
-    assert jobs.submit_command(["search", "tiny", *SEARCHED, *PLACE, "--points", "3", *storage], console) == 1
+    assert jobs.submit_command(["search", "tiny", *SEARCHED, *PLACE, "--points", "3"], console) == 1
     assert shlex.split(client.sent["entrypoint"]) == [
-        "python", "-m", "cluster.cli", "search", "tiny", *SEARCHED, "--points", "3", *storage, "--out", "/shared/out",
+        "python", "-m", "cluster.cli", "search", "tiny", *SEARCHED, "--points", "3", "--out", "/shared/out",
     ]  # fmt: skip
+    assert jobs.STORAGE not in client.sent["runtime_env"]["env_vars"]
     assert client.sent["metadata"]["sweep"].startswith("tiny-search-")
     assert {name.split("/")[0] for name in client.files} == {*jobs.PACKAGES, "pyproject.toml", ".rayignore"}
     said = capsys.readouterr().out
@@ -132,6 +134,28 @@ def test_a_search_is_sent_likewise_and_its_code_is_the_jobs_own(client, console,
     assert "job job1: failed, exit code 1" in said
     assert jobs.submit_command(["sweep", "tiny", *PLACE, "--no-wait"], console) == 0
     assert client.sent["entrypoint"] == "python -m cluster.cli sweep tiny --out /shared/out"
+
+
+@pytest.mark.parametrize("how", ["--storage URL", "--storage=URL", "variable"])
+def test_a_password_of_a_search_is_in_no_command(client, console, capsys, monkeypatch, elsewhere, how):
+    """What the job's own process makes of what it is sent: its command line and its variables."""
+    url = "postgresql://user:secret@host/optuna"
+    if how == "variable":
+        monkeypatch.setenv("HEADWAY_STORAGE", url)
+    flags = how.replace("URL", url).split() if how != "variable" else []
+    assert jobs.submit_command(["search", "tiny", *flags, *SEARCHED, *PLACE, "--points", "3"], console) == 0
+    sent = client.sent
+    assert shlex.split(sent["entrypoint"])[3:] == [
+        "search", "tiny", *SEARCHED, "--points", "3", "--out", "/shared/out",
+    ]  # fmt: skip
+    assert "secret" not in str({**sent, "runtime_env": {}}) + capsys.readouterr().out
+    monkeypatch.setenv("HEADWAY_STORAGE", "")
+    for name, value in sent["runtime_env"]["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    search = parse_search(shlex.split(sent["entrypoint"])[4:])
+    assert storage_url(search.settings, search.options.storage, "http://ledger:5000") == url
+    assert jobs.submit_command(["tiny", *PLACE, "--no-wait"], console) == 0  # a sweep has no such database
+    assert "secret" not in str(client.sent)
 
 
 def test_a_cluster_that_has_just_begun_is_asked_again(client, console, capsys):
@@ -202,6 +226,10 @@ REFUSED = [
         "workers: 2 is not allowed; it must be left out for a job",
     ),
     (["search", "tiny", *SEARCHED, *PLACE, "--storage", "sqlite:///o.db"], "storage: 'sqlite:///o.db' is not allowed"),
+    (
+        ["tiny", *PLACE, "--storage", "postgresql://u:secret@h/o"],
+        "storage: 'postgresql://u:...@h/o' is not allowed; it must be left out but for a search",
+    ),
     (["search", "tiny", *SEARCHED, "--tracking-uri", "http://x:5000"], "out: None is not allowed"),
 ]
 

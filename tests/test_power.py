@@ -67,34 +67,43 @@ def test_the_design_with_shared_seeds_is_that_of_a_sandwich_over_them():
     assert power == pytest.approx(t_power(0.2 / error, seeds - 1, 0.05))
 
 
-@pytest.mark.parametrize(("exponent", "share", "together"), [(0.2, 1.0, 0.0), (0.5, 0.8, 0.0), (0.2, 1.0, 0.75)])
+@pytest.mark.parametrize(
+    ("exponent", "share", "together"),
+    [(0.2, 1.0, 0.0), (0.5, 0.8, 0.0), (0.2, 1.0, 0.75), (0.1, 0.8, 0.75), (0.1, 0.6, 0.75)],
+)
 def test_planned_seeds_have_the_power_promised_in_the_estimator_itself(exponent, share, together):
     """Of planted sweeps of one level a member, at the planned seeds, `fit_width_law` sees g != 0 in 80%: within four
     Monte-Carlo standard errors below and, as seeds are whole, what one seed more gives above. together: share of the
-    variance that the members of a seed have in common over widths."""
+    variance that the members of a seed have in common over widths. share: of the members that get there, each by its
+    own luck, which is where a seed's luck in when cancels least."""
     draws, shared = 120, together > 0
     spread = 0.4 * math.sqrt(1 - together)
     pilot = Pilot(
         widths=tuple(map(int, WIDTHS)), members=99, settings=4, reached=share,
         log_level=Scatter(deviation=spread, freedom=95, paired=shared), share=None, shared=shared,
+        whole_level=Scatter(deviation=0.4, freedom=95) if shared else None,
     )  # fmt: skip
     (need,) = needs(pilot, PlanOptions(exponents=(exponent,), shares=()))
     truth = Truth(
-        widths=WIDTHS, shares=(share,) * 4, exponent=exponent, spread=0.4, together=together, seeds=need.seeds, heads=1,
+        widths=WIDTHS, shares=(1.0,) * 4, exponent=exponent, spread=0.4, together=together, seeds=need.seeds, heads=1,
         constant=300.0, end=1e9, shared=shared,
     )  # fmt: skip
     rng, seen = np.random.default_rng(1), 0
     for _ in range(draws):
-        law = fit_width_law(*sweep(truth, rng).rows, confidence=0.95)
+        width, when, status, cluster = sweep(truth, rng).rows
+        there = rng.random(width.size) < share
+        when, status = np.where(there, when, truth.end), np.where(there, status, "never")
+        law = fit_width_law(width, when, status, cluster, confidence=0.95)
         seen += bool(law.low > 0 or law.high < 0)
     noise = 4 * math.sqrt(0.8 * 0.2 / draws)
+    spread = pilot.slope_scatter[0]
     promised = slope_power(exponent, spread, WIDTHS, math.floor(need.seeds * share), 0.05, shared)
     assert 0.8 - noise < seen / draws < max(promised, 0.8) + noise
     assert slope_power(exponent, spread, WIDTHS, math.ceil(need.seeds * share) - 2, 0.05, shared) < 0.8
     if shared:  # members that were independent, with all of the scatter, would be more
         apart = Scatter(deviation=0.4, freedom=95)
         (more,) = needs(dataclasses.replace(pilot, log_level=apart), PlanOptions(exponents=(exponent,), shares=()))
-        assert more.seeds > 2 * need.seeds
+        assert more.seeds > (2 if share == 1 else 1) * need.seeds
 
 
 def compared(a, b, paired, others):
@@ -176,6 +185,19 @@ def test_a_pilot_whose_seeds_share_their_data_is_read_in_pairs():
     assert pilot.log_level.freedom == 2 * 2 * 11  # by rate: widths x seeds, less means of either
     assert pilot.share.freedom == 5 * 11
     assert "within each seed" in designs(pilot)[0]
+    assert pilot.whole_level.freedom == 11  # the luck of a seed is one
+    assert (pilot.reached, pilot.slope_scatter) == (1.0, (pilot.log_level.deviation, pilot.log_level.high))
+    table = analysis.members.copy()
+    table.loc[np.random.default_rng(1).random(len(table)) < 0.25, "level"] = np.nan
+    some = read_pilot(own, dataclasses.replace(analysis, members=table))
+    for found, within, whole in zip(
+        some.slope_scatter, (some.log_level.deviation, some.log_level.high),
+        (some.whole_level.deviation, some.whole_level.high), strict=True,
+    ):  # fmt: skip
+        assert found == pytest.approx(
+            math.sqrt(some.reached * within**2 + (1 - some.reached) * max(within, whole) ** 2)
+        )
+    assert "does not cancel where a width lacks it" in designs(some)[1]
     one = planted_sweep(seeds=12, share=0.7, widths=(16,), rates=(0.001,))
     alone = read_pilot(Sweep(name="s", widths=(16,), seeds=12, data=DataConfig(order="seed")), one)
     assert not alone.share.paired

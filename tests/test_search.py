@@ -340,8 +340,36 @@ def test_a_ledger_that_is_away_for_a_moment_costs_no_point(monkeypatch):
     tune(searcher_of(study, bench, points=4)[0])
     assert [one.state for one in study.trials] == [TrialState.COMPLETE] * 4
     bench.away = 10**9
-    with pytest.raises(tracking.BrokenOffError, match=r"no point could be begun for 0 s \(away\); the same command"):
+    with pytest.raises(
+        tracking.BrokenOffError, match=r"no point could be begun or ended for 0 s \(away\); the same command"
+    ):
         tune(searcher_of(study, bench, points=5, patience=0.0)[0])
+
+
+def test_patience_holds_for_a_point_that_is_done_and_cannot_be_looked_up(monkeypatch):
+    """`begin` finds it settled and `end` fails, for four tries or each time; a second passes between tries."""
+    clock = SimpleNamespace(now=100.0, tries=0)
+    monkeypatch.setattr(searching.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    monkeypatch.setattr(searching.time, "monotonic", lambda: clock.now)
+    study, bench, away = study_of(), Bench(), OSError("disk away")
+    told = bench.end
+
+    def end(params, pruned=False):
+        clock.tries += 1
+        if clock.tries % 5 or len(study.trials) > 2:
+            raise away
+        return told(params, pruned)
+
+    monkeypatch.setattr(bench, "begin", lambda params, number: None)
+    monkeypatch.setattr(bench, "end", end)
+    tune(searcher_of(study, bench, points=2, patience=5.0)[0])  # 8 s in all, but never more than 4 in a row
+    assert (finished(study), clock.tries, clock.now) == (2, 10, 108.0)
+    searcher, _ = searcher_of(study, bench, points=3, patience=5.0)
+    with pytest.raises(tracking.BrokenOffError, match=r"no point could be begun or ended for 5 s \(disk away\)"):
+        for _ in range(20):
+            searcher.suggest("t")
+    assert clock.now == 114.0
+    assert study.trials[2].state == TrialState.RUNNING  # `recover` tells it later
 
 
 def test_patience_goes_from_the_command_line_to_all_that_wait(monkeypatch):
@@ -631,11 +659,12 @@ def test_importance_finds_the_field_that_matters_or_says_why_not():
 def test_figures_numbers_and_tables(tmp_path, objectives):
     search, study = planted_search("--objective", *objectives)
     folder = tmp_path / "out"
-    searches.write_results(search, study, folder, "sqlite:///x.db", "headway sweep ...")
+    searches.write_results(search, study, folder, "postgresql://user:secret@host/x", "headway sweep ...")
     names = {"search.json", "history.png", "slices.png"} | ({"pareto.png"} if len(objectives) == 2 else set())
     assert {path.name for path in folder.iterdir()} == names
     body = json.loads((folder / "search.json").read_text())
     assert len(body["points"]) == 8
+    assert body["storage"] == "postgresql://user:...@host/x"
     # level falls with the rate; seconds is the number of the point, so each point of the front beats those before it
     values = {each["number"]: each["values"] for each in body["points"]}
     expected = [n for n in values if all(values[n][0] < values[m][0] for m in range(n))]
@@ -646,12 +675,12 @@ def test_figures_numbers_and_tables(tmp_path, objectives):
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     with console.file:
         found = search_results.Found(
-            study=study, url="sqlite:///x.db", folder=folder, command="do it", failed=0, seconds=3.0
+            study=study, url="postgresql://user:secret@host/x", folder=folder, command="do it", failed=0, seconds=3.0
         )
         search_results.show_found(console, search, found)
     said = console.export_text()
     assert ("Pareto front" in said) == (len(objectives) == 2)
-    assert "optuna-dashboard sqlite:///x.db" in said
+    assert "optuna-dashboard postgresql://user:...@host/x" in said
     assert "do it" in said
     assert "trials: 8 complete" in said
 
