@@ -229,7 +229,10 @@ def test_an_interrupted_command_says_that_it_goes_on_only_where_it_does(monkeypa
 def test_a_ledger_that_cannot_be_told_hides_no_cause(monkeypatch, capsys):
     """The server is away at the end too: why the sweep ended is what is raised; only a good end needs the ledger."""
 
-    class Away:
+    class Away(driver.tracking.Ledger):
+        def __init__(self):
+            self.untold = self.lost = False
+
         def settle(self, running_too):
             raise MlflowException("API request failed")
 
