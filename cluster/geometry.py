@@ -56,6 +56,7 @@ METHODS = ("gradient", "profile", "score", "loss gap", "line coefficient")
 TABLES = ("llc", "degrees")
 LEAST = 8  # steps from a head's onset on, for its gradients to be taken from there
 RECENT = 2.0  # decades of steps before the last, of which every second that is kept is measured
+REACH = 3.0  # standard deviations of a localisation in the length of a line
 NEAREST, POINTS = 1e-3, 31  # least |x| of a profile in lengths of the line; points a side
 ROUNDING = 1e3 * np.finfo(float).eps  # of a mean loss
 MEMORY = 1 << 28  # bytes that are kept of what does not move
@@ -383,13 +384,14 @@ def from_profiles(line: LineTarget) -> list[Degree]:
 
 
 def from_lines(line: LineTarget, llc: LLCSettings) -> list[Degree]:
-    """From the learning coefficient along each line, at the n_beta and gamma of chains."""
-    if llc.gamma == 0.0:
-        return [refused(LINE, "gamma is 0, so that nothing holds the line")] * len(line.length)
-    x = np.tile(line_points(llc.gamma), (len(line.length), 1))
+    """From the learning coefficient along each line at the n_beta of chains; localised by a third of the line's own
+    length, gamma = (3 / length)^2, as profiles are: at the gamma of chains most of a line is out of reach."""
+    gammas = np.square(REACH / to_numpy(line.length))
+    x = np.stack([line_points(gamma) for gamma in gammas])
     losses = to_numpy(line.profile(torch.from_numpy(x)))
     return [
-        degree_from_line(at, own, llc.n_beta, llc.gamma, scale=llc.scale) for at, own in zip(x, losses, strict=True)
+        degree_from_line(at, own, llc.n_beta, float(gamma), scale=llc.scale)
+        for at, own, gamma in zip(x, losses, gammas, strict=True)
     ]
 
 
