@@ -358,6 +358,7 @@ def llc_columns(llc: LLC, settings: LLCSettings) -> dict[str, Any]:
         "chains": settings.chains, "draws": settings.draws, "n": llc.n, "n_beta": llc.n_beta, "gamma": llc.gamma,
         "sigma": math.nan if llc.sigma is None else llc.sigma,
         **{column: llc.sensitivity.get(name, math.nan) for column, name in NEARBY.items()},
+        **{f"{column}_error": llc.sensitivity_error.get(name, math.nan) for column, name in NEARBY.items()},
         "spread": llc.spread, "heating": llc.heating, "slope": llc.gradient,
         "sound": llc.sound, "converged": llc.converged, "reason": llc.reason,
     }  # fmt: skip

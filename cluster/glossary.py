@@ -124,7 +124,17 @@ GEOMETRY = {
     "n_beta_triple": (PLAIN, "llc at n_beta x 3"),
     "gamma_third": (PLAIN, "llc at gamma / 3"),
     "gamma_triple": (PLAIN, "llc at gamma x 3"),
-    "converged": (PLAIN, "whether no chain diverged, and halves of the trace and the values nearby lie within 20%"),
+    **{
+        f"{name}_error": (SHARE, f"standard error of {name} less llc, as a share of llc")
+        for name in ("n_beta_third", "n_beta_triple", "gamma_third", "gamma_triple")
+    },
+    "spread": (SHARE, "spread of chains over that of their density: 1 once they have reached it"),
+    "heating": (SHARE, "of the temperature, by which minibatches raise it in the directions of their noise"),
+    "slope": (PLAIN, "what the gradient at the point takes off llc, n_beta^2 |grad L|^2 / gamma"),
+    "sound": (PLAIN, "whether nothing shows that llc is not what its definition says at its n_beta and gamma"),
+    "converged": (PLAIN, "whether it is sound, and the values nearby are surely known to lie within 20%"),
+    "facts": (PLAIN, "names the analysis of the member's heads that its estimates of k rest on"),
+    "version": (COUNT, "of the code that measured: raised where its numbers change"),
     "reason": (PLAIN, "why it is not converged"),
     "llc": (PLAIN, "refined local learning coefficient of the head, n_beta (E[L(w)] - L(w*))"),
     "method": (PLAIN, "how the degree of the head's potential was estimated"),
