@@ -7,7 +7,7 @@ import math
 import operator
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,8 @@ def measure_geometry(
     tag = tag_of(request)
     tagged = {run.info.run_id: run.data.tags[tag] for run in counted.values() if tag in run.data.tags}
     todo = [each for each in subjects if tagged.get(each.run_id) != each.facts_id or desk.settings.redo]
-    failed = measure_members(desk, place, request, todo, display) if todo else {}
+    known = set() if desk.settings.redo else tagged.keys()
+    failed = measure_members(desk, place, request, todo, known, display) if todo else {}
     facts = {**tagged, **{each.run_id: each.facts_id for each in todo}}
     have = [run for run in counted.values() if run.info.run_id in facts and run.info.run_id not in failed]
     keys = member_axes(have, sweep, analysis)
@@ -145,12 +146,14 @@ def load_config(client: MlflowClient, run_id: str) -> MemberConfig:
 
 
 def measure_members(
-    desk: Desk, place: Place, request: Request, todo: Sequence[Subject], display: Display
+    desk: Desk, place: Place, request: Request, todo: Sequence[Subject], known: Collection[str], display: Display
 ) -> dict[str, tuple[str, str]]:
-    """Measure on the cluster, what costs most first; name and cause of those that failed, by run."""
-    todo = sorted(todo, key=lambda each: -each.config.model.width)
-    steps = [len(request.steps_of(each.config.weight_steps)) for each in todo]
-    heads = [len(request.heads_of(each.config)) for each in todo]
+    """Measure on the cluster, what costs most first; name and cause of those that failed, by run. known: runs whose
+    coefficients stand, so that only their degrees are renewed."""
+    todo = sorted(todo, key=lambda each: (each.run_id in known, -each.config.model.width))
+    fresh = [each for each in todo if each.run_id not in known]
+    steps = [len(request.steps_of(each.config.weight_steps)) for each in fresh]
+    heads = [len(request.heads_of(each.config)) for each in fresh]
     for each in todo if desk.settings.redo else ():
         with suppress(MlflowException):  # it has none
             desk.client.delete_tag(each.run_id, tag_of(request))
@@ -158,13 +161,15 @@ def measure_members(
     failed = {}
     with ray_cluster(desk.settings.address, desk.settings.workers):
         resources = settle_resources(desk.settings.gpus)
-        display.stage("making the pool of examples, and one short trial")
+        display.stage("making the pool of examples" + (", and one short trial" if fresh else ""))
         pools = make_pools(each.config for each in todo)
-        look = time_first(place, todo[0], request, pools, resources)
-        looks = sum(map(request.looks, heads, steps))
-        seconds = look * looks / min(slots(resources), len(todo))
-        estimates = len(request.tokens) * sum(map(operator.mul, heads, steps))
-        display.measures(request, todo, request.steps_of(todo[0].config.weight_steps), estimates, seconds)
+        if fresh:
+            look = time_first(place, fresh[0], request, pools, resources)
+            seconds = look * sum(map(request.looks, heads, steps)) / min(slots(resources), len(fresh))
+            estimates = len(request.tokens) * sum(map(operator.mul, heads, steps))
+            display.measures(request, fresh, request.steps_of(fresh[0].config.weight_steps), estimates, seconds)
+        if len(todo) > len(fresh):
+            display.stage(f"estimates of k again: {len(todo) - len(fresh):,}, on a newer analysis")
         for done, (subject, cause) in enumerate(spread(place, todo, request, pools, resources), start=1):
             if cause:
                 failed[subject.run_id] = (subject.name, cause)

@@ -778,6 +778,18 @@ def test_members_are_measured_once_whatever_breaks_off(tmp_path, capsys, plain_e
     assert len(pd.read_parquet(tmp_path / folder / "heads.parquet")) == 3 * 8 * 2
     assert {item.path for item in ledger.client.list_artifacts(ledger.parent.info.run_id)} > {folder.rpartition("/")[2]}
 
+    stale = tagged(tmp_path)[0]
+    (tag,) = (name for name in stale.data.tags if name.startswith("llc."))
+    ledger.client.set_tag(stale.info.run_id, tag, "another analysis")
+    assert main_in(tmp_path, probe) == 0
+    out = capsys.readouterr().out
+    assert "estimates of k again: 1, on a newer analysis" in out
+    assert "short trial" not in out
+    assert "1 member measured in this call, 3 members in all" in out
+    assert ledger.client.get_run(stale.info.run_id).data.tags[tag] == stale.data.tags[tag]
+    again = ledger.table(ledger.parent, "analysis/llc.parquet", tmp_path / "tables")
+    pd.testing.assert_frame_equal(again, table)
+
     victim = list(ledger.counted.values())[-1]
     folder = ledger.client.get_run(victim.info.run_id).info.artifact_uri.removeprefix("file://")
     with open(f"{folder}/weights.npz", "wb") as file:  # noqa: PTH123
