@@ -318,13 +318,17 @@ class Geometry:
         if not going:
             return found
         direction = {name: torch.stack([moved(head, name) for head in going]) for name in HEAD}
-        system, model, batch = self.config.system, self.config.model, self.examples["all"].double()
-        places = [(0, head) for head in going]
-        target = HeadTarget(system, model, weights[end], batch, places, layer, self.request.minibatch)
-        line = LineTarget(target, direction)
-        for head, profile, coefficient in zip(
-            going, from_profiles(line), from_lines(line, self.request.llc), strict=True
-        ):
+        data, dtype, places = self.examples["all"], self.config.train.dtype, [(0, head) for head in going]
+
+        def line(batch: Batch, dtype: torch.dtype) -> LineTarget:
+            end_weights = {name: value.to(dtype) for name, value in weights[end].items()}
+            size, system, model = self.request.minibatch, self.config.system, self.config.model
+            target = HeadTarget(system, model, end_weights, batch, places, layer, size)
+            return LineTarget(target, {name: value.to(dtype) for name, value in direction.items()})
+
+        profiles = from_profiles(line(data.double(), torch.float64))  # near the end their differences are small
+        coefficients = from_lines(line(data.batch, dtype), self.request.llc)
+        for head, profile, coefficient in zip(going, profiles, coefficients, strict=True):
             found[head] = {"profile": profile, "line coefficient": coefficient}
         return found
 

@@ -25,7 +25,7 @@ BLOCKS_PER_DECADE = 4.0  # of the drift
 TINY = 1e-9  # standard error of a point that is believed at most
 FLOOR = 2.0  # standard errors over examples that a difference of losses must exceed
 BLOCKS = 16  # of examples, left out one at a time
-POINTS, REACH, CROWDING = 64, 6.0, 6.0  # of a quadrature: a side; standard deviations; how dense about 0
+POINTS, REACH, CROWDING = 48, 6.0, 6.0  # of a quadrature: a side; standard deviations; how dense about 0
 ALIVE = 8.0  # points that a density must cover
 
 
@@ -259,7 +259,7 @@ def _scatter(gaps: Array, distance: Array, rho: float, confidence: float) -> flo
 
 
 def line_points(gamma: float) -> Array:
-    """Points of a line `[2 x 64 + 1]`, densest about 0, for `degree_from_line` at gamma > 0, a third and three times
+    """Points of a line `[2 x 48 + 1]`, densest about 0, for `degree_from_line` at gamma > 0, a third and three times
     it: to 6 standard deviations of exp(-gamma/3 x^2/2)."""
     weakest = gamma * min(b for _, b in NEARBY.values())
     side = REACH / np.sqrt(weakest) * np.sinh(CROWDING * np.arange(1, POINTS + 1) / POINTS) / np.sinh(CROWDING)

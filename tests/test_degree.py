@@ -390,7 +390,7 @@ def test_the_coefficient_along_a_line_by_quadrature(k):
         assert holds(found, k, rel)
         assert found.low < k < found.high
         near, own = (expected(power(k), 1, 10.0**k, at) for at in (gamma / 3.0, gamma))
-        assert 1.0 / found.k == pytest.approx(1.5 * near - 0.5 * own, rel=1e-4)
+        assert 1.0 / found.k == pytest.approx(1.5 * near - 0.5 * own, rel=1e-3)
         scaled = degree_from_line(x, 0.3 + 0.02 * np.abs(x) ** k, 100.0 * 10.0**k, gamma, scale=0.5)
         assert scaled.k == pytest.approx(found.k, rel=1e-6)
     assert abs(1.0 / own - k) > 5.0 * abs(found.k - k)  # what is read off at one gamma is far off
