@@ -69,8 +69,8 @@ def draw_heads(plots: Sequence[HeadPlot]) -> Figure:
         x, (value, low, high) = on_axis(plot.at), plot.llc
         below.vlines(x, low, high, color=COLOURS[0], lw=1.4, alpha=0.6)
         below.plot(x, value, color=COLOURS[0], lw=0.9, alpha=0.6)
-        below.plot(x[plot.sound], value[plot.sound], "o", color=COLOURS[0], ms=4, clip_on=False)
-        below.plot(x[~plot.sound], value[~plot.sound], "o", mec=COLOURS[0], mfc="white", ms=4, clip_on=False)
+        below.plot(x[plot.sound], value[plot.sound], "o", color=COLOURS[0], ms=4)
+        below.plot(x[~plot.sound], value[~plot.sound], "o", mec=COLOURS[0], mfc="white", ms=4)
         below.tick_params(labelbottom=True)
         if column == 0:
             above.set_ylabel("lift", fontsize=9)
