@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class ActiveMatter:
     """Rows of one trajectory; the probe set takes one of each."""
     relation: Relation = "contact"
     """The relation that a sweep is judged by; `others` for linear systems only."""
+    results_version: ClassVar[int] = 1
+    """Raised when a fix changes numbers."""
 
     def __post_init__(self) -> None:
         require(isinstance(self.swimmers, Swimmers), "swimmers", self.swimmers, "a Swimmers")
@@ -141,8 +143,8 @@ class ActiveMatter:
     # --- batches
 
     def draw(self, rows: Rows, generator: Generator) -> Batch:
-        """Rows with noise and its negative by turns. Geometry: the positions without it, so that pairs share relations
-        and keys."""
+        """Rows with noise and its negative by turns. Geometry: the positions with it, as the network sees them:
+        neighbours by those without would tell it of the noise, which it is to guess."""
         x, g = (_in_pairs(rows.columns[name]) for name in ("x", "g"))
         lead = generator.key.dim()  # one stream per member where rows lead with S
         *members, examples, n, d = x.shape
@@ -151,7 +153,7 @@ class ActiveMatter:
         push, turn = (self.noise * noise).chunk(2, -1)
         batch = self._batch(x + push, g + turn)
         wanted = -torch.cat((push, turn), -1)[..., -self.d_out :] / self.noise**2 - self.shift(x + push, g + turn)
-        return Batch(inputs=batch.inputs, targets=wanted / self._unit(rows, x), geometry={"positions": x})
+        return replace(batch, targets=wanted / self._unit(rows, x))
 
     def _batch(self, x: Tensor, g: Tensor) -> Batch:
         """A state to predict of, without targets."""

@@ -108,7 +108,7 @@ def test_pairs_see_one_row_with_opposite_noise():
         clean = torch.cat((rows.columns["x"] / LINEAR.free_spread, rows.columns["g"]), -1)[:count:2]
         torch.testing.assert_close((even[: len(odd)] + odd) / 2, clean[: len(odd)])
         assert float((even - clean)[..., 2:].std()) == pytest.approx(TASK.noise, rel=0.4)
-        assert torch.equal(batch.geometry["positions"][1::2], batch.geometry["positions"][0::2][: len(odd)])
+        torch.testing.assert_close(batch.geometry["positions"] / LINEAR.free_spread, batch.inputs[..., :2])
 
 
 def test_denoising_has_the_score_of_the_smoothed_density_as_its_best():
@@ -141,8 +141,8 @@ def test_relations_and_the_uniform_average():
     rows = rows_of(TASK, "probe", 8)
     config = Sweep(name="s", system=TASK).members()[0].config
     batch = probe_batch(config, rows, Generator.of("p"))
-    positions = rows.columns["x"].double()
-    r = torch.cdist(_pairs(positions), _pairs(positions))
+    positions = batch.batch.inputs[..., :2] * LINEAR.free_spread
+    r = torch.cdist(positions, positions)
     touching = (r < 2) & ~torch.eye(8, dtype=torch.bool)
     assert torch.equal(batch.relations["contact"], touching)
     assert (batch.relations["others"].sum(-1) == 7).all()
@@ -152,10 +152,6 @@ def test_relations_and_the_uniform_average():
     far[0, 1, 0] = BOX.side - 1.0
     assert ring.relations({"positions": far}, None)["contact"][0, 0, 1]
     assert set(ring.relations({"positions": far}, None)) == {"contact"}
-
-
-def _pairs(x):
-    return x[::2].repeat_interleave(2, 0)
 
 
 def test_a_box_looks_the_same_from_everywhere_but_for_its_waves():
@@ -186,8 +182,21 @@ def test_local_attention_of_swimmers_in_a_box(dtype):
     rows = rows_of(system, n=8, dtype=dtype)
     batch = draw(system, ModelConfig(attention="local", neighbours=5), rows, Generator.of("draw"))
     assert batch.keys.shape == (8, 12, 5)
-    assert torch.equal(batch.keys[0::2], batch.keys[1::2])
     assert batch.inputs.dtype == dtype
+
+
+def test_neighbours_say_nothing_of_the_noise():
+    """They are those of the positions that the network sees: the clean ones' would tell it what it is to guess."""
+    system = dataclasses.replace(SOFT_TASK, noise=0.5)
+    rows = rows_of(system, n=32)
+    batch = draw(system, ModelConfig(attention="local", neighbours=3), rows, Generator.of("draw"))
+
+    def near(x):
+        return torch.cdist(x, x).topk(3, largest=False).indices.sort(-1).values
+
+    found = batch.keys.sort(-1).values
+    assert torch.equal(found, near(batch.inputs[..., :2] * SOFT.free_spread))
+    assert not torch.equal(found, near(rows.columns["x"][0::2].repeat_interleave(2, 0)))
 
 
 def averaged(system, train, pool, steps, keep, state=None):
