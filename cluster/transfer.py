@@ -81,13 +81,13 @@ def transfer_sweep(desk: Desk, parent: Run, sweep: Sweep, options: TransferOptio
     analysis = load_analysis(client, place.parent)
     subjects = find_subjects(client, sweep, analysis, runs, which)
     others = [moved(each.config, changes) for each in subjects]
+    most = min(part_sizes(each.config)[part] for each in subjects for part in PARTS_USED)
+    require(options.examples <= most, "examples", options.examples, f"at most {most}, those kept from training")
     keys = member_axes([runs[each.member_id] for each in subjects], sweep, analysis)
     stock, figures, heads = Stock(options.examples), [], []
     for subject, other in zip(subjects, others, strict=True):
-        home, sizes = subject.config, part_sizes(subject.config)
-        most = min(sizes["validation"], sizes["probe"])
-        require(options.examples <= most, "examples", options.examples, f"at most {most}, those kept from training")
-        kept, rows = Kept.fetch(client, subject.run_id), (stock.here(home), stock.there(home, other))
+        home, kept = subject.config, Kept.fetch(client, subject.run_id)
+        rows = stock.here(home), stock.there(home, other)
         own, by_head = measure(home, other, *rows, kept, options.examples)
         figures += [{**keys[subject.run_id], **row} for row in own]
         heads += [{**keys[subject.run_id], **row} for row in by_head]
