@@ -298,7 +298,8 @@ def degree_from_line(
     curves = scale * np.stack([mean, 0.5 * (mean + mean[::-1]), *left_out])
     if (_weights(places, curves[:1], n_beta * max(a for a, _ in NEARBY.values()), gamma)[0] > 0.01).sum() < ALIVE:
         return refused(LINE, "the density is narrower than the points about 0")
-    value, even, *_ = _coefficients(places, curves, n_beta, gamma)
+    held = _coefficients(places, curves, n_beta, gamma)
+    value, even = held[:2]
     if not value > 0.0:
         return refused(LINE, f"coefficient {value:.3g} is not above 0")
     if not abs(value - even) <= TOLERANCE * value:
@@ -310,7 +311,7 @@ def degree_from_line(
     if moved:
         return refused(LINE, f"depends on the settings: {', '.join(moved)}")
     freer = _coefficients(places, curves, n_beta, gamma / 3.0)
-    free, _, *others = 1.5 * freer - 0.5 * _coefficients(places, curves, n_beta, gamma)
+    free, _, *others = 1.5 * freer - 0.5 * held
     half = abs(free - freer[0])
     if others:
         error = np.sqrt((blocks - 1) / blocks * np.square(np.array(others) - np.mean(others)).sum())

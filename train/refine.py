@@ -480,10 +480,6 @@ class LinePlaced:
         self._placed, self._centre, self._direction = placed, centre, direction
         self.draw, self.base = placed.draw, placed.base
 
-    def base_of(self, rows: Tensor) -> Tensor:
-        """Loss of each example of `rows [B]` at t = 0: `[C, B]`, looked up."""
-        return self._placed.base_of(rows)
-
     def loss(self, weights: Weights, batch: Tensor) -> Tensor:
         """Mean loss over the examples `batch [C, B]`: `[C]`, differentiable once in t."""
         return self._placed.loss(self._head(weights), batch)
