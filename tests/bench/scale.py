@@ -31,7 +31,7 @@ from cluster.pack import make_pool
 from cluster.sizing import Room
 from cluster.sweep import DataConfig, Member, Pack, ProbeConfig, Sweep, packs, validate
 from tests.bench.measure import one_thread, write
-from tests.bench.sweep import PACKS, Times, measured, sweep_of
+from tests.bench.sweep import Times, sweep_of, swept, work_seconds
 from train.config import ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -190,17 +190,22 @@ def stream_row(members: int, workers: int, folder: Path) -> dict[str, object]:
 
 
 def overhead_row(options: argparse.Namespace) -> dict[str, object]:
-    """Packs that last long: wall time of the training stage over the same packs without Ray, Tune and MLflow."""
+    """Packs that last long: where the wall time of the training stage goes, and the same packs once more without Ray,
+    Tune and MLflow. Dispatch and logging: what a pack takes beside its work, and what lies between two packs."""
     own = argparse.Namespace(
-        members=4 * options.workers, steps=options.steps, width=32, batch=16, rows=4096, per_decade=20,
-        workers=options.workers,
+        members=options.packs * options.pack_size, steps=options.steps, width=32, batch=16, rows=4096, per_decade=20,
     )  # fmt: skip
-    pool = make_pool(validate(sweep_of(own, "bench"))[0].config)
-    row = measured(PACKS, 0, pool, own)
-    seconds = row["seconds of packs"]
-    shortest = min(seconds) if isinstance(seconds, tuple) else float("nan")
-    kept = ("packs", "members a pack", "wall s", "work s", "overhead s", "overhead / wall")
-    return {"what": "long packs", "shortest pack s": shortest, **{name: row[name] for name in kept}}
+    sweep = sweep_of(own, "long-packs")
+    found = swept(sweep, options.pack_size, options.workers)
+    seconds = work_seconds(found.cut, make_pool(found.cut[0].config), options.workers)
+    parted, work = found.parted(options.workers), sum(seconds) / options.workers
+    beside = parted["inside s"] - work + parted["between s"]
+    return {
+        "what": "long packs", "packs": len(found.cut), "members a pack": options.pack_size,
+        "shortest pack s": min(seconds), "start s": found.start, "wall s": found.wall, **parted, "work s": work,
+        "dispatch and logging s": beside, "dispatch and logging / work": beside / work,
+        "all overhead / wall": 1 - work / found.wall, "close and analysis s": found.close + found.analysis,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -209,7 +214,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("ledger", "stream", "overhead"), default=["ledger"])
     parser.add_argument("--members", type=int, nargs="+", default=[1000, 10_000], help="of the ledger")
     parser.add_argument("--tiny", type=int, default=1000, help="members of the stream")
-    parser.add_argument("--steps", type=int, default=6000, help="of the long packs")
+    parser.add_argument("--packs", type=int, default=12, help="long ones")
+    parser.add_argument("--pack-size", type=int, default=4, help="members of a long pack")
+    parser.add_argument("--steps", type=int, default=3000, help="of the long packs")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--note", help="a line to keep with the results")
     options = parser.parse_args()
@@ -228,6 +235,9 @@ def main() -> None:
     notes = [
         "around training: on a SQLite store of MLflow in which 99 of 100 members are finished, each with 13 tags, 8 "
         "params and 6 metrics. CPU s is of this process alone: what the wall shows where nothing else is at work.",
+        "long packs: seconds a worker. start: before the packs are known; then until the worker's first pack begins "
+        "(the process and its imports), inside packs, between them, after its last pack. work: the same packs without "
+        "Ray, Tune and MLflow, one process a worker. Dispatch and logging: inside - work + between.",
         f"Load average at the end {load:.1f} on {os.cpu_count()} cores.",
     ]
     write("scale", rows, notes + ([options.note] if options.note else []))
