@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"headway {version('headway')}")
         return 0
     command, *rest = arguments
+    known = {command, " ".join(arguments[:2])} & set(GO_ON)
     try:
         return load(command)(rest, console)
     except ValueError as error:
@@ -92,10 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in NO_DISK:
             raise
-        print(f"headway: {error}; the same command goes on once that is mended", file=sys.stderr)
+        goes_on = "; the same command goes on once that is mended" if known else ""
+        print(f"headway: {error}{goes_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        known = {command, " ".join(arguments[:2])} & set(GO_ON)
         goes_on = "; the ledger says what is done, the same command goes on from there" if known else ""
         print(f"headway: stopped{goes_on}", file=sys.stderr)
         return 130

@@ -111,7 +111,7 @@ def winner_command(search: Search, study: optuna.Study, desk: Desk) -> str:
     for item in fields(Settings):
         value = getattr(search.settings, item.name)
         if value != item.default and item.name in ("tracking_uri", "address", "out", "store"):
-            words += [f"--{item.name.replace('_', '-')}", str(value)]
+            words += [f"--{item.name.replace('_', '-')}", tracking.shown(str(value))]
     return shlex.join(words)
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -55,6 +56,7 @@ BATCH = 1000  # metrics in one request, MLflow's limit
 PARENT, KIND = "mlflow.parentRunId", "kind"
 TOLD = "headway: the ledger is told: members that were at work are KILLED"  # a stopped driver's last word on it
 NOT_TOLD = "headway: the ledger cannot be told how this ended; the same command does so when it goes on"
+SECRETS = re.compile(r"(?i)([?&](?:password|passwd|pwd|token|secret))=[^&#]*")  # in the query of a URI
 Result = TypeVar("Result")
 
 
@@ -102,9 +104,10 @@ def _require_healthy(uri: str) -> None:
 
 
 def shown(uri: str) -> str:
-    """A URI as it may be shown, without its password."""
+    """A URI as it may be shown, without its passwords."""
     secret = urlsplit(uri).password
-    return uri.replace(f":{secret}@", ":...@") if secret else uri
+    uri = uri.replace(f":{secret}@", ":...@") if secret else uri
+    return SECRETS.sub(r"\1=...", uri)
 
 
 def patiently(call: Callable[[], Result], uri: str, patience: float) -> Result:

@@ -226,6 +226,17 @@ def test_an_interrupted_command_says_that_it_goes_on_only_where_it_does(monkeypa
     assert capsys.readouterr().err == f"headway: stopped{more}\n"
 
 
+@pytest.mark.parametrize(("arguments", "goes_on"), [(["search", "tiny"], True), (["export", "tiny"], False)])
+def test_a_full_disk_is_one_line_that_promises_only_what_is_so(monkeypatch, capsys, arguments, goes_on):
+    def fill(*given):
+        raise OSError(errno.ENOSPC, "No space left on device", "/x")
+
+    monkeypatch.setattr(cli, "load", lambda command: fill)
+    assert main(arguments) == 1
+    more = "; the same command goes on once that is mended" if goes_on else ""
+    assert capsys.readouterr().err == f"headway: [Errno 28] No space left on device: '/x'{more}\n"
+
+
 def test_a_ledger_that_cannot_be_told_hides_no_cause(monkeypatch, capsys):
     """The server is away at the end too: why the sweep ended is what is raised; only a good end needs the ledger."""
 

@@ -426,6 +426,22 @@ def test_a_server_that_never_answers_is_given_up_after_a_while(monkeypatch):
     server.server_close()
 
 
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+        ("https://me:pa%40ss@host/x", "https://me:...@host/x"),
+        (
+            "postgresql://host/x?user=me&password=pa.ss&sslmode=require",
+            "postgresql://host/x?user=me&password=...&sslmode=require",
+        ),
+        ("mysql://me:one@host/x?Passwd=two", "mysql://me:...@host/x?Passwd=..."),
+    ],
+)
+def test_passwords_are_not_shown(uri, shown):
+    assert tracking.shown(uri) == shown
+
+
 def test_uris_come_from_the_flag_then_the_environment_then_here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
