@@ -11,31 +11,33 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sqlite3
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from mlflow import MlflowClient
 from rich.console import Console
 
-from cluster import tracking
+from cluster import dispatch, pack, tracking, trial
 from cluster.commands import show_members
 from cluster.driver import Settings, run_sweep
 from cluster.member_runs import MemberRuns
-from cluster.pack import make_pool
 from cluster.sizing import Room
 from cluster.sweep import DataConfig, Member, Pack, ProbeConfig, Sweep, packs, validate
 from tests.bench.measure import one_thread, write
-from tests.bench.sweep import Times, sweep_of, swept, work_seconds
+from tests.bench.sweep import Times, sweep_of
 from train.config import ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from cluster.trial import Report
+    from cluster.tracking import Place
+    from cluster.trial import Report, TrialContext
 
 T = TypeVar("T")
 WIDTHS, RATES = (16, 24, 32, 48, 64), tuple(round(1e-4 * 1.5**k, 8) for k in range(10))
@@ -189,23 +191,89 @@ def stream_row(members: int, workers: int, folder: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def overhead_row(options: argparse.Namespace) -> dict[str, object]:
-    """Packs that last long: where the wall time of the training stage goes, and the same packs once more without Ray,
-    Tune and MLflow. Dispatch and logging: what a pack takes beside its work, and what lies between two packs."""
+def noted_pack(config: Mapping[str, Any], context: TrialContext) -> None:
+    """The trainable of a sweep; what its pack took is noted in the folder `spent` beside the checkpoints.
+
+    own: seconds of training and probing on the wall; CPU: CPU seconds of their thread. sink: seconds for which they
+    wait until points are handed over, checkpoints kept, tables made.
+    """
+    spent = {"own": 0.0, "CPU": 0.0, "sink": 0.0}
+
+    class Sink(trial.TrialSink):
+        """Notes its own time."""
+
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            return noted(found) if name in ("restore", "progress", "save", "finish") else found
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            wall, cpu = time.perf_counter(), time.thread_time()
+            found = call(*arguments)
+            spent["sink"] += (took := time.perf_counter() - wall)
+            spent["own"] -= took
+            spent["CPU"] -= time.thread_time() - cpu
+            return found
+
+        return run
+
+    def run_pack(*arguments: Any) -> None:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        pack.run_pack(*arguments)
+        spent["own"] += time.perf_counter() - wall
+        spent["CPU"] += time.thread_time() - cpu
+
+    kept = trial.TrialSink
+    trial.TrialSink, trial.run_pack = Sink, run_pack  # type: ignore[misc]
+    try:
+        trial.train_pack(config, context)
+    finally:
+        trial.TrialSink = kept  # type: ignore[misc]
+    folder = Path(context.store) / "spent"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{context.packs[config['pack']].id}.json").write_text(json.dumps(spent))
+
+
+def overhead_row(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Packs that last long, on as many cores as there are workers: where the wall time of the training stage goes.
+
+    Not by the same packs once more without Ray: a shared machine's speed changes by more than the overhead.
+    """
     own = argparse.Namespace(
         members=options.packs * options.pack_size, steps=options.steps, width=32, batch=16, rows=4096, per_decade=20,
     )  # fmt: skip
-    sweep = sweep_of(own, "long-packs")
-    found = swept(sweep, options.pack_size, options.workers)
-    seconds = work_seconds(found.cut, make_pool(found.cut[0].config), options.workers)
-    parted, work = found.parted(options.workers), sum(seconds) / options.workers
-    beside = parted["inside s"] - work + parted["between s"]
+    times, workers, out = Times(), options.workers, folder / "out"
+    settings = Settings(
+        tracking_uri=f"sqlite:///{folder}/mlflow.db", out=out, workers=workers, gpus=0.0, pack_size=options.pack_size
+    )
+    begun, dispatch.train_pack = time.perf_counter(), noted_pack
+    outcome = run_sweep(sweep_of(own, "long-packs"), settings, times)
+    ended = time.perf_counter()
+    if outcome.failed or outcome.trained != own.members or times.troubles:
+        raise RuntimeError(f"{outcome.trained} of {own.members} members were trained; {'; '.join(times.troubles)}")
+    spent = [json.loads(path.read_text()) for path in out.glob("*/spent/*.json")]
+    total = {name: sum(each[name] for each in spent) / workers for name in spent[0]}
+    spans = list(run_spans(outcome.place, times.cut, time.time() - (ended - times.packed)))
+    begins, ends = (sorted(edge) for edge in zip(*spans, strict=True))
+    wall, inside = times.over - times.packed, sum(end - begin for begin, end in spans) / workers
+    before, after = sum(begins[:workers]) / workers, wall - sum(ends[-workers:]) / workers
+    beside = wall - before - after - total["CPU"]
     return {
-        "what": "long packs", "packs": len(found.cut), "members a pack": options.pack_size,
-        "shortest pack s": min(seconds), "start s": found.start, "wall s": found.wall, **parted, "work s": work,
-        "dispatch and logging s": beside, "dispatch and logging / work": beside / work,
-        "all overhead / wall": 1 - work / found.wall, "close and analysis s": found.close + found.analysis,
+        "what": "long packs", "packs": len(spans), "members a pack": options.pack_size,
+        "shortest pack s": min(end - begin for begin, end in spans), "start s": times.packed - begun, "wall s": wall,
+        "to the first pack s": before, "packs s": inside, "training and probing s": total["own"],
+        "of it CPU s": total["CPU"], "sink s": total["sink"], "after the last pack s": after, "beside CPU s": beside,
+        "beside / packs": beside / inside, "close and analysis s": ended - times.over,
     }  # fmt: skip
+
+
+def run_spans(place: Place, cut: Sequence[Pack], packed: float) -> Iterator[tuple[float, float]]:
+    """Of each pack: when its members' runs began and ended by the ledger, in seconds after `packed` (`time.time`)."""
+    runs = tracking.counted(tracking.children(MlflowClient(place.uri), place))
+    for each in cut:
+        infos = [runs[member.id].info for member in each.members]
+        begin, end = min(info.start_time for info in infos), max(info.end_time or 0 for info in infos)
+        yield begin / 1e3 - packed, end / 1e3 - packed
 
 
 def main() -> None:
@@ -230,14 +298,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="headway-bench-", ignore_cleanup_errors=True) as folder:
             rows.append(stream_row(options.tiny, options.workers, Path(folder)))
     if "overhead" in options.parts:
-        rows.append(overhead_row(options))
+        with tempfile.TemporaryDirectory(prefix="headway-bench-", ignore_cleanup_errors=True) as folder:
+            rows.append(overhead_row(options, Path(folder)))
     load = os.getloadavg()[0]
     notes = [
         "around training: on a SQLite store of MLflow in which 99 of 100 members are finished, each with 13 tags, 8 "
         "params and 6 metrics. CPU s is of this process alone: what the wall shows where nothing else is at work.",
-        "long packs: seconds a worker. start: before the packs are known; then until the worker's first pack begins "
-        "(the process and its imports), inside packs, between them, after its last pack. work: the same packs without "
-        "Ray, Tune and MLflow, one process a worker. Dispatch and logging: inside - work + between.",
+        "long packs: seconds a worker, as many workers as cores. start: before the packs are known; then to the first "
+        "pack: a worker's process and its imports. packs: from the beginning of their runs in the ledger to their end; "
+        "training and probing in them, and CPU s of that thread (the rest of it: waiting for a core that the driver, "
+        "Ray and the ledger's own thread share); sink: waiting for points, checkpoints and tables to be taken. Beside: "
+        "all but that CPU time, from the first pack's beginning to the last one's end.",
         f"Load average at the end {load:.1f} on {os.cpu_count()} cores.",
     ]
     write("scale", rows, notes + ([options.note] if options.note else []))

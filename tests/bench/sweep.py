@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mlflow import MlflowClient
 
-from cluster import tracking
 from cluster.driver import Settings, run_sweep
 from cluster.pack import PackRun, build_probes, make_pool
 from cluster.plan import Nowhere
 from cluster.sweep import DataConfig, Pack, ProbeConfig, Sweep, validate
-from cluster.tracking import Place
 from probes.probe import Probe
 from sim.pool import Pool
 from tests.bench.measure import Row, one_thread, short, write
@@ -76,35 +73,13 @@ class Times:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Swept:
     """Seconds of a sweep's stages. start: up to the training stage; close: from the last trial's end to the analysis;
-    analysis: the report too. spans: of each pack, from its runs' beginning to their end, after that of `packed`."""
+    analysis: the report too."""
 
     cut: tuple[Pack, ...]
     start: float
     wall: float
     close: float
     analysis: float
-    spans: tuple[tuple[float, float], ...]
-
-    def parted(self, workers: int) -> dict[str, float]:
-        """Where the wall time went, in seconds a worker: until its first pack begins, inside packs, between them, and
-        after its last."""
-        begins, ends = (sorted(times) for times in zip(*self.spans, strict=True))
-        inside = sum(end - begin for begin, end in self.spans) / workers
-        before = sum(begins[:workers]) / workers
-        after = self.wall - sum(ends[-workers:]) / workers
-        return {
-            "before the first s": before, "inside s": inside, "between s": self.wall - before - inside - after,
-            "after the last s": after,
-        }  # fmt: skip
-
-
-def spans(place: Place, cut: Sequence[Pack], packed: float) -> Iterator[tuple[float, float]]:
-    """Of each pack: when its members' runs began and ended by the ledger, in seconds after `packed` (`time.time`)."""
-    runs = tracking.counted(tracking.children(MlflowClient(place.uri), place))
-    for pack in cut:
-        infos = [runs[member.id].info for member in pack.members]
-        begin, end = min(info.start_time for info in infos), max(info.end_time or 0 for info in infos)
-        yield begin / 1e3 - packed, end / 1e3 - packed
 
 
 def sweep_of(options: argparse.Namespace, name: str) -> Sweep:
@@ -129,8 +104,6 @@ def swept(sweep: Sweep, pack_size: int | None, workers: int) -> Swept:
         begun = time.perf_counter()
         outcome = run_sweep(sweep, settings, times)
         ended = time.perf_counter()
-        known_at = time.time() - (ended - times.packed)
-        found = tuple(spans(outcome.place, times.cut, known_at))
     if times.troubles or outcome.failed or outcome.trained != sweep.seeds:
         raise RuntimeError(f"{outcome.trained} of {sweep.seeds} members were trained; {'; '.join(times.troubles)}")
     analysis = times.stages["analysing heads"]
@@ -140,7 +113,6 @@ def swept(sweep: Sweep, pack_size: int | None, workers: int) -> Swept:
         wall=times.over - times.packed,
         close=analysis - times.over,
         analysis=ended - analysis,
-        spans=found,
     )
 
 
