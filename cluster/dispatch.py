@@ -38,6 +38,9 @@ LOST = "the worker kept failing"
 RETRIES = 12  # of one trial; a pack gives up by itself sooner, after three failures at one step
 LOOK_EVERY = 1.0  # seconds between looks at whether trials can go on
 
+UNWATCHED = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
+"""Of a cluster of our own: what Ray gathers for a dashboard that it has not, a hundredth of a core."""
+
 OnReport = Callable[[Report], None]
 Watch = Callable[[], None]
 
@@ -67,7 +70,7 @@ def ray_cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
     environment = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     options: dict[str, Any] = {"address": address or "auto"}
     if local:  # "local": never a cluster that somebody else has left running on this machine
-        options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        options = {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_system_config": UNWATCHED}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment}, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
