@@ -1,6 +1,8 @@
 """The integrator of discs that touch: semi-implicit Euler over many boxes at once, eager or compiled.
 
-Axes: B boxes, N discs. Boxes lie on the *innermost* axis, so that every operation is one long vector.
+Axes: B boxes, N discs, K = N // 2. Boxes lie on the *innermost* axis, so that every operation is one long vector.
+Pairs are looked at once: [k, i] is disc i with disc i + k + 1, counted round; what it does to i it undoes to the other.
+Of an even N the last k has every pair twice, once from either side, and is not undone.
 """
 
 from __future__ import annotations
@@ -23,20 +25,41 @@ EAGER_PAIRS, COMPILED_PAIRS, DEVICE_PAIRS = 1 << 16, 1 << 18, 1 << 22
 """Pairs in one chunk of boxes: few enough for the cache of a CPU core, enough to fill a GPU."""
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""x, y, u, v `[N, B]`; closest squared distance of each pair so far `[N, N, B]`."""
-Advance: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], State]
+"""x, y, u, v `[N, B]`; closest squared distance of each pair so far `[K, N, B]`."""
+Advance: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], State]
 
 CONSTANTS = ("diameter", "stiffness", "damping", "gravity", "per_mass", "time_step", "near", "far_x", "far_y")
 """Order of the constants' tensor: a tensor, so that one compiled kernel serves every box of N discs."""
 
 
-def sum_partners(force: Tensor) -> Tensor:
-    """Sum over axis 1 of `[N, N, B]` by halving: `Tensor.sum` adds in an order that depends on the place along B."""
-    while (count := force.shape[1]) > 1:
+def partners(n: int, device: torch.device) -> Tensor:
+    """The disc that pair [k, i] has beside i, `[K, N]`."""
+    first, shift = torch.arange(n, device=device), torch.arange(1, n // 2 + 1, device=device)
+    return (first + shift[:, None]) % n
+
+
+def undone(n: int, device: torch.device) -> Tensor:
+    """Where the pair lies of which disc i is the other one, by shift, as a place in `[K, N]` laid flat: `[K', N]`, K' =
+    (N - 1) // 2."""
+    first, shift = torch.arange(n, device=device), torch.arange(1, (n + 1) // 2, device=device)[:, None]
+    return (shift - 1) * n + (first - shift) % n
+
+
+def fold(terms: Tensor) -> Tensor:
+    """Sum over the first axis by halving: `Tensor.sum` adds in an order that depends on the place along the last."""
+    while (count := len(terms)) > 1:
         half = count // 2
-        folded = force[:, :half] + force[:, count - half :]
-        force = torch.cat((folded, force[:, half : half + 1]), 1) if count % 2 else folded
-    return force[:, 0]
+        folded = terms[:half] + terms[count - half :]
+        terms = torch.cat((folded, terms[half : half + 1])) if count % 2 else folded
+    return terms[0]
+
+
+def net_force(force: Tensor) -> Tensor:
+    """Sum of forces on each disc, `[N, B]`, from those on the first of each pair `[K, N, B]`."""
+    n = force.shape[1]
+    if n < 3:
+        return force.sum(0)  # of none, or of one
+    return fold(force) - fold(force.flatten(0, 1)[undone(n, force.device)])
 
 
 def wall_force(
@@ -50,26 +73,23 @@ def wall_force(
     return torch.where(low > 0, up, 0.0) - torch.where(high > 0, down, 0.0)
 
 
-def advance(
-    x: Tensor, y: Tensor, u: Tensor, v: Tensor, closest: Tensor, constants: Tensor, own: Tensor, limit: bool
-) -> State:
+def advance(x: Tensor, y: Tensor, u: Tensor, v: Tensor, closest: Tensor, constants: Tensor, limit: bool) -> State:
     """One time step: v += a(x, v) dt, then x += v dt.
 
-    constants `[9]`, see `CONSTANTS`; own `[N, N, 1]`: added to squared distances, moves each disc out of its own reach;
-    limit: contact forces never pull.
+    constants `[9]`, see `CONSTANTS`; limit: contact forces never pull.
     """
     diameter, stiffness, damping, gravity, per_mass, dt, near, far_x, far_y = constants.unbind()
-    dx, dy = x[:, None] - x[None], y[:, None] - y[None]
-    du, dv = u[:, None] - u[None], v[:, None] - v[None]
-    squared = dx * dx + dy * dy + own
+    other = partners(len(x), x.device)
+    dx, dy, du, dv = x - x[other], y - y[other], u - u[other], v - v[other]
+    squared = dx * dx + dy * dy + 1e-30  # centres that coincide exert no force, rather than NaN
     inverse = torch.rsqrt(squared)  # rounded exactly, eager or compiled; eager sqrt is not
     # (k d - c v_n) / r, still to be multiplied by (dx, dy)
     force = stiffness * (diameter * inverse - 1) - damping * ((du * dx + dv * dy) * (inverse * inverse))
     if limit:
         force = force.clamp_min(0)
     force = torch.where(squared < diameter * diameter, force, 0.0)
-    force_x = sum_partners(force * dx) + wall_force(x, u, stiffness, damping, near, far_x, limit)
-    force_y = sum_partners(force * dy) + wall_force(y, v, stiffness, damping, near, far_y, limit)
+    force_x = net_force(force * dx) + wall_force(x, u, stiffness, damping, near, far_x, limit)
+    force_y = net_force(force * dy) + wall_force(y, v, stiffness, damping, near, far_y, limit)
     u = u + force_x * per_mass * dt
     v = v + (force_y * per_mass - gravity) * dt
     # Distances, not flags: loading and storing bools makes the compiled kernel eight times slower.
@@ -79,7 +99,7 @@ def advance(
 def chunk_size(n: int, device: torch.device, compiled: bool) -> int:
     """Boxes that go through one kernel together."""
     pairs = DEVICE_PAIRS if device.type != "cpu" else COMPILED_PAIRS if compiled else EAGER_PAIRS
-    return max(16, pairs // (n * n) // 16 * 16)
+    return max(16, pairs // (n * max(n // 2, 1)) // 16 * 16)
 
 
 def can_compile(device: torch.device) -> bool:
@@ -93,12 +113,12 @@ def compiled_advance(n: int, dtype: torch.dtype, device: torch.device, limit: bo
     """`advance` compiled for chunks of one size, tried once; None where compilation fails."""
     step: Advance = torch.compile(advance, dynamic=False, fullgraph=True, options={"compile_threads": 1})
     size = chunk_size(n, device, compiled=True)
-    x, closest = torch.ones(n, size, dtype=dtype, device=device), torch.ones(n, n, size, dtype=dtype, device=device)
-    own, constants = torch.ones(n, n, 1, dtype=dtype, device=device), x.new_ones(len(CONSTANTS))
+    x = torch.ones(n, size, dtype=dtype, device=device)
+    closest, constants = x.new_ones(n // 2, n, size), x.new_ones(len(CONSTANTS))
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            step(x, x.clone(), x.clone(), x.clone(), closest, constants, own, limit)
+            step(x, x.clone(), x.clone(), x.clone(), closest, constants, limit)
     except Exception:
         # Compilers fail in many ways, none of which should stop a sweep: the eager path gives the same motion.
         log.info("torch.compile of the integrator failed", exc_info=True)
@@ -116,8 +136,7 @@ def integrate(
     boxes, n, _ = positions.shape
     step = (compiled if boxes else None) or advance
     size = chunk_size(n, positions.device, step is not advance)
-    # (2 diameters)^2 keeps a disc from itself; 1e-30: centres that coincide exert no force, rather than NaN
-    own = (torch.eye(n).to(positions) * (2 * constants[0]) ** 2 + 1e-30).unsqueeze(-1)
+    first, other = torch.arange(n, device=positions.device), partners(n, positions.device)
     start_state = torch.cat((positions, velocities), -1)
     ends, flags = [], []
     with torch.no_grad():
@@ -125,10 +144,12 @@ def integrate(
             count = min(size, boxes - start)
             index = torch.arange(start, start + (count if step is advance else size), device=positions.device)
             x, y, u, v = start_state[index.clamp_max(boxes - 1)].permute(2, 1, 0).contiguous().unbind()
-            closest = x.new_full((n, n, len(index)), math.inf)
+            closest = x.new_full((n // 2, n, len(index)), math.inf)
             for _ in range(steps):
-                x, y, u, v, closest = step(x, y, u, v, closest, constants, own, limit)
+                x, y, u, v, closest = step(x, y, u, v, closest, constants, limit)
             ends.append(torch.stack((x, y, u, v), -1).transpose(0, 1)[:count])
             flags.append((closest < constants[0] * constants[0]).permute(2, 0, 1)[:count])
-        end = torch.cat(ends)
-    return end[..., :2].contiguous(), end[..., 2:].contiguous(), torch.cat(flags)
+        end, met = torch.cat(ends), torch.cat(flags)
+    overlapped = met.new_zeros(boxes, n, n)
+    overlapped[:, first, other] = met
+    return end[..., :2].contiguous(), end[..., 2:].contiguous(), overlapped | overlapped.mT

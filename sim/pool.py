@@ -22,7 +22,7 @@ from sim import system_name
 from sim.generator import Generator
 from sim.system import PARTS, Part, Rows, System
 
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 """Raised when a fix changes the numbers of a pool."""
 
 Arrays = dict[str, NDArray[np.generic]]

@@ -9,7 +9,7 @@ import torch
 import sim.box
 import sim.integrator
 from sim.generator import Generator
-from sim.integrator import can_compile, chunk_size, compiled_advance, sum_partners
+from sim.integrator import can_compile, chunk_size, compiled_advance, fold, net_force, partners
 from sim.particles import ParticleBox, ParticleSystem
 
 CPU = torch.device("cpu")
@@ -36,16 +36,28 @@ def test_a_box_does_not_know_its_company(n, dtype):
     assert whole.positions.dtype == dtype and whole.overlapped.shape == (boxes, n, n)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 16])
-def test_sum_over_partners(n):
-    force = Generator.of("force").normal(2, n, 9, dtype=torch.float64)
-    torch.testing.assert_close(sum_partners(force), force.sum(1))
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 16])
+def test_every_pair_is_looked_at_once_and_undone_once(n):
+    """Against the whole antisymmetric matrix of forces, summed row by row."""
+    matrix = Generator.of("force").normal(n, n, 9, dtype=torch.float64)
+    matrix = matrix - matrix.transpose(0, 1)
+    other = partners(n, CPU)
+    looked = torch.zeros(n, n).index_put_((torch.arange(n), other), torch.ones(()), accumulate=True)
+    looked[torch.arange(n), other] -= 0.5 * (other == (torch.arange(n) + n / 2) % n)  # from either side
+    assert torch.equal(looked + looked.T, 1 - torch.eye(n))
+    torch.testing.assert_close(net_force(matrix[torch.arange(n), other]), matrix.sum(1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
+def test_fold(count):
+    terms = Generator.of("terms").normal(count, 2, 9, dtype=torch.float64)
+    torch.testing.assert_close(fold(terms), terms.sum(0))
 
 
 def test_chunks_hold_about_as_many_pairs():
-    assert chunk_size(16, CPU, compiled=False) == 256 and chunk_size(16, CPU, compiled=True) == 1024
+    assert chunk_size(16, CPU, compiled=False) == 512 and chunk_size(16, CPU, compiled=True) == 2048
     assert chunk_size(1000, CPU, compiled=True) == 16
-    assert chunk_size(16, torch.device("cuda"), compiled=True) == 16384
+    assert chunk_size(16, torch.device("cuda"), compiled=True) == 32768
 
 
 @pytest.mark.slow
