@@ -38,6 +38,12 @@ def partners(n: int, device: torch.device) -> Tensor:
     return (first + shift[:, None]) % n
 
 
+def ahead(x: Tensor) -> Tensor:
+    """The numbers of each pair's other disc, `[K, N, B]`, from those of discs `[N, B]`; a view, nothing is gathered."""
+    n = len(x)
+    return torch.cat((x, x[: n // 2])).unfold(0, n, 1)[1:].transpose(1, 2)
+
+
 def undone(n: int, device: torch.device) -> Tensor:
     """Where the pair lies of which disc i is the other one, by shift, as a place in `[K, N]` laid flat: `[K', N]`, K' =
     (N - 1) // 2."""
@@ -79,8 +85,7 @@ def advance(x: Tensor, y: Tensor, u: Tensor, v: Tensor, closest: Tensor, constan
     constants `[9]`, see `CONSTANTS`; limit: contact forces never pull.
     """
     diameter, stiffness, damping, gravity, per_mass, dt, near, far_x, far_y = constants.unbind()
-    other = partners(len(x), x.device)
-    dx, dy, du, dv = x - x[other], y - y[other], u - u[other], v - v[other]
+    dx, dy, du, dv = x - ahead(x), y - ahead(y), u - ahead(u), v - ahead(v)
     squared = dx * dx + dy * dy + 1e-30  # centres that coincide exert no force, rather than NaN
     inverse = torch.rsqrt(squared)  # rounded exactly, eager or compiled; eager sqrt is not
     # (k d - c v_n) / r, still to be multiplied by (dx, dy)

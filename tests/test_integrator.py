@@ -9,7 +9,7 @@ import torch
 import sim.box
 import sim.integrator
 from sim.generator import Generator
-from sim.integrator import can_compile, chunk_size, compiled_advance, fold, net_force, partners
+from sim.integrator import ahead, can_compile, chunk_size, compiled_advance, fold, net_force, partners
 from sim.particles import ParticleBox, ParticleSystem
 
 CPU = torch.device("cpu")
@@ -45,6 +45,8 @@ def test_every_pair_is_looked_at_once_and_undone_once(n):
     looked = torch.zeros(n, n).index_put_((torch.arange(n), other), torch.ones(()), accumulate=True)
     looked[torch.arange(n), other] -= 0.5 * (other == (torch.arange(n) + n / 2) % n)  # from either side
     assert torch.equal(looked + looked.T, 1 - torch.eye(n))
+    x = Generator.of("x").normal(n, 9)
+    assert torch.equal(ahead(x), x[other])
     torch.testing.assert_close(net_force(matrix[torch.arange(n), other]), matrix.sum(1))
 
 
