@@ -106,13 +106,13 @@ def show_outcome(console: Console, sweep: Sweep, settings: Settings, outcome: Ou
         f"{duration(outcome.seconds)}"
     )
     console.print(f"report:  {outcome.report}")
-    ui = ["headway", "ui"] + (["--tracking-uri", settings.tracking_uri] if settings.tracking_uri else [])
+    given = ["--tracking-uri", tracking.shown(settings.tracking_uri)] if settings.tracking_uri else []
     uri = tracking.resolve_uri(settings.tracking_uri)
     link = tracking.comparison_path(outcome.place)
     if uri.startswith("http"):
-        console.print(f"compare: {uri.rstrip('/')}{link}", soft_wrap=True)
+        console.print(f"compare: {tracking.page_base(uri)}{link}", soft_wrap=True)
     else:
-        console.print(f"compare: run  {' '.join(ui)}  and open", soft_wrap=True)
+        console.print(f"compare: run  {' '.join(['headway', 'ui', *given])}  and open", soft_wrap=True)
         console.print(f"         http://127.0.0.1:5000{link}", soft_wrap=True)
 
 
@@ -233,7 +233,7 @@ def ui_command(arguments: Sequence[str], console: Console) -> int:
     uri = tracking.resolve_uri(options.tracking_uri)
     client = tracking.connect(uri, make=False)
     experiment = tracking.experiment_id(client, uri)
-    base = uri.rstrip("/") if uri.startswith("http") else f"http://{options.host}:{options.port}"
+    base = tracking.page_base(uri) if uri.startswith("http") else f"http://{options.host}:{options.port}"
     for run, points in listed(client, experiment)[:10]:
         place = tracking.Place(uri=uri, experiment=experiment, parent=run.info.run_id)
         path = tracking.comparison_path(place) if points is None else tracking.run_path(place)

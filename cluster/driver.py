@@ -320,5 +320,5 @@ def make_report(desk: Desk, sweep: Sweep, place: Place, analysis: Analysis) -> P
 def comparison_hint(desk: Desk, place: Place) -> str:
     """The link to the comparison on a server, or the command that opens one on a local store."""
     if desk.uri.startswith("http"):
-        return desk.uri.rstrip("/") + tracking.comparison_path(place)
+        return tracking.page_base(desk.uri) + tracking.comparison_path(place)
     return f"headway ui --tracking-uri {tracking.shown(desk.uri)}"

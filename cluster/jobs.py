@@ -219,7 +219,8 @@ def own_files(recipe: str, sweep: Sweep, ship: Sequence[Path]) -> list[Path]:
 
 
 def entrypoint(command: str, recipe: str, overrides: Sequence[str], options: SubmitOptions) -> str:
-    """The job's command. Tracking URI and `storage`, which may hold a password, go by `runtime_env` instead."""
+    """The job's command. Tracking URI and `storage`, which may hold a password, go by `runtime_env` instead: they are
+    not in its line, but whoever may ask the cluster for its jobs can read them."""
     recipe = Path(recipe).name if recipe.endswith(".json") else recipe
     store = ["--store", options.store] if options.store else []
     return shlex.join(["python", "-m", "cluster.cli", command, recipe, *overrides, "--out", str(options.out), *store])
@@ -237,7 +238,8 @@ def runtime_env(options: SubmitOptions, folder: Path | None) -> dict[str, Any]:
 def staged(files: Sequence[Path], installed: bool) -> Iterator[Path | None]:
     """A folder with what the job needs: headway's packages unless installed there, and `files`; or None for nothing.
 
-    A folder of its own, as Ray packs all of it, and here may be site-packages. `.rayignore` goes along: Ray reads it.
+    A folder of its own, as Ray packs all of it, and here may be site-packages. No `.rayignore`: it would hold for
+    `files` too.
     """
     root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory(prefix="headway-job-") as name:
@@ -245,9 +247,8 @@ def staged(files: Sequence[Path], installed: bool) -> Iterator[Path | None]:
         if not installed:
             for package in PACKAGES:
                 _copy(root / package, folder / package)
-            for file in ("pyproject.toml", ".rayignore"):
-                if (root / file).is_file():
-                    _copy(root / file, folder / file)
+            if (root / "pyproject.toml").is_file():
+                _copy(root / "pyproject.toml", folder / "pyproject.toml")
         for path in files:
             source = path.expanduser().resolve()
             require(source.exists(), "ship", str(path), "a file or folder that exists")

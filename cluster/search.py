@@ -40,7 +40,7 @@ from cluster.search_results import (
     shown,
     winner_command,
 )
-from cluster.searcher import UNTOLD, PruneStopper, StudySearcher, finished, make_sampler, recover
+from cluster.searcher import UNTOLD, PruneStopper, StudySearcher, finished, is_chosen, make_sampler, recover
 from cluster.space import possible_point
 from cluster.store import FolderStore
 from cluster.tracking import KIND, Ledger, Place
@@ -181,8 +181,8 @@ def run_search(search: Search, console: Console) -> Found:
     with held_study(desk, search, study) as ledger, Board(console, search, study) as board:
         workshop, failed = Workshop(desk, search, ledger), 0
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        workshop.require_free([trial for trial in running if trial.params])
-        told, again = recover(study, workshop.settled)
+        workshop.require_free([trial for trial in running if is_chosen(trial, search.space)])
+        told, again = recover(study, search.space, workshop.settled)
         if told or again:
             board.stage(f"of points that were at work, {told} are done by the ledger, {again} go on")
         if finished(study) < search.options.points:
@@ -266,7 +266,7 @@ def train_points(search: Search, study: optuna.Study, workshop: Workshop, board:
         workshop.leave()
         if not workshop.study.lost:
             with contextlib.suppress(*UNTOLD):  # the next call will tell
-                recover(study, workshop.settled)
+                recover(study, search.space, workshop.settled)
 
 
 def search_command(arguments: Sequence[str], console: Console) -> int:

@@ -84,6 +84,9 @@ class Search:
         require_one_point(sweep, space)
         if options.prune:
             require_prunable(options.objective, space)
+            whole = settings.pack_size is None or settings.pack_size >= sweep.seeds
+            allowed = f"at least the {sweep.seeds} seeds of a point where --prune is given: all must be at one step"
+            require(whole, "pack_size", settings.pack_size, allowed)
         own = cls(source=source, sweep=replace(sweep, axes={}), space=space, options=options, settings=settings)
         possible_point(own.sweep, space, own.name)
         return own

@@ -207,25 +207,36 @@ def finished(study: optuna.Study) -> int:
 RETRY = "goes_on_with"
 
 
-def recover(study: optuna.Study, settled: Callable[[Mapping[str, Any]], Verdict | None]) -> tuple[int, int]:
+def is_chosen(trial: FrozenTrial, space: Space) -> bool:
+    """Whether the study has the trial's value of every field: Optuna writes one after the other."""
+    return all(item.param in trial.params for item in space)
+
+
+def recover(
+    study: optuna.Study, space: Space, settled: Callable[[Mapping[str, Any]], Verdict | None]
+) -> tuple[int, int]:
     """End trials that a driver left RUNNING: told where all members are settled, else FAIL and enqueued again.
 
-    Returns how many were told and enqueued. Broken off anywhere and called again, it loses and repeats none: a trial in
-    the queue names the one that it goes on with. Call it only while no driver is at work.
+    One whose driver was killed while it was chosen has trained nothing, and what it was enqueued with, if it was, is
+    enqueued again. Returns how many were told and enqueued. Broken off anywhere and called again, it loses and repeats
+    none: a trial in the queue names the one that it goes on with. Call it only while no driver is at work.
     """
     told = again = 0
     trials = study.get_trials(deepcopy=False)
     queued = {trial.user_attrs.get(RETRY) for trial in trials}
     for trial in (trial for trial in trials if trial.state == TrialState.RUNNING):
-        verdict = settled(trial.params) if trial.params else None
+        chosen = is_chosen(trial, space)
+        verdict = settled(trial.params) if chosen else None
         if verdict is not None:
             tell(study, trial, verdict)
             told += 1
             continue
-        if trial.params and trial.number not in queued:
-            study.enqueue_trial(dict(trial.params), user_attrs={RETRY: trial.number})
+        given = trial.params if chosen else trial.system_attrs.get("fixed_params", {})
+        if given and trial.number not in queued:
+            study.enqueue_trial(dict(given), user_attrs={RETRY: trial.number})
             again += 1
-        tell(study, trial, Verdict(cause="its driver was stopped; enqueued again"))
+        end = "; enqueued again" if given else " as it was chosen"
+        tell(study, trial, Verdict(cause=f"its driver was stopped{end}"))
     return told, again
 
 

@@ -71,10 +71,10 @@ def require_proxied(uri: str, folder: Path) -> None:
 def serve_mlflow(uri: str, host: str, port: int, *more: str) -> NoReturn:
     """Become MLflow's server on a database, so that whatever ends this process ends it too.
 
-    One worker, as several would compete for a SQLite file.
+    One worker, as several would compete for a SQLite file. The URI goes by the environment: it may hold a password.
     """
-    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]
+    server = [sys.executable, "-m", "mlflow", "server", "--host", host]
     server += ["--port", str(port), "--workers", "1", *more]
     sys.stdout.flush()
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    os.execve(sys.executable, server, {**os.environ, **quiet})
+    os.execve(sys.executable, server, {**os.environ, **quiet, "MLFLOW_BACKEND_STORE_URI": uri})

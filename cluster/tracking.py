@@ -6,6 +6,7 @@ Runs of diverged members are FAILED with `outcome = diverged` and count as settl
 
 from __future__ import annotations
 
+import base64
 import functools
 import gc
 import hashlib
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -79,28 +80,41 @@ def connect(uri: str, make: bool = True) -> MlflowClient:
     """A client of a store that answers: a server is asked for its health, a SQLite store made. Or TrackingError."""
     scheme = urlsplit(uri).scheme
     if not make and uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise TrackingError(f"tracking_uri: there is no ledger at {uri!r} yet; `headway sweep` makes one")
+        raise TrackingError(f"tracking_uri: there is no ledger at {shown(uri)!r} yet; `headway sweep` makes one")
     if scheme in ("http", "https"):
         _require_healthy(uri)
     elif scheme != "sqlite" and "+" not in scheme and scheme not in ("postgresql", "mysql", "mssql"):
-        raise TrackingError(f"tracking_uri: {uri!r} is not allowed; it must begin with http://, https:// or sqlite:///")
+        raise TrackingError(
+            f"tracking_uri: {shown(uri)!r} is not allowed; it must begin with http://, https:// or sqlite:///"
+        )
     try:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # any driver's own error: the store cannot be opened
         reason = str(error).strip().splitlines()[0]
-        raise TrackingError(f"tracking_uri: {uri!r} cannot be opened: {reason}") from error
+        raise TrackingError(f"tracking_uri: {shown(uri)!r} cannot be opened: {reason}") from error
     return client
 
 
 def _require_healthy(uri: str) -> None:
+    parts = urlsplit(uri)
     try:
-        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=SERVER_WAIT) as answer:
+        request = urllib.request.Request(f"{page_base(uri)}/health")
+        if parts.username is not None:
+            own = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            request.add_header("Authorization", f"Basic {base64.b64encode(own.encode()).decode()}")
+        with urllib.request.urlopen(request, timeout=SERVER_WAIT) as answer:
             status = answer.status
     except (urllib.error.URLError, OSError, ValueError) as error:
-        raise TrackingError(f"tracking_uri: no MLflow server answers at {uri!r} ({error})") from error
+        raise TrackingError(f"tracking_uri: no MLflow server answers at {shown(uri)!r} ({error})") from error
     if status != 200:
-        raise TrackingError(f"tracking_uri: the server at {uri!r} answers its health check with status {status}")
+        raise TrackingError(f"tracking_uri: the server at {shown(uri)!r} answers its health check with status {status}")
+
+
+def page_base(uri: str) -> str:
+    """A server's address as pages are opened at it: without user and password, and without a slash at its end."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 
 
 def shown(uri: str) -> str:
@@ -146,7 +160,7 @@ def experiment_id(client: MlflowClient, uri: str) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None and found.lifecycle_stage != "active":
         raise TrackingError(
-            f"experiment {EXPERIMENT!r} is deleted in {uri!r}; restore it (`mlflow experiments restore`)"
+            f"experiment {EXPERIMENT!r} is deleted in {shown(uri)!r}; restore it (`mlflow experiments restore`)"
         )
     if found is not None:
         return str(found.experiment_id)
@@ -417,7 +431,22 @@ def open_sweep(client: MlflowClient, uri: str, sweep: Sweep) -> Ledger:
     client.log_dict(place.parent, encode(sweep), "sweep.json")
     share_view(client, place, sweep)
     ledger.start_beating()
+    require_first(ledger, sweep)
     return ledger
+
+
+def require_first(ledger: Ledger, sweep: Sweep) -> None:
+    """Raise TrackingError if another driver has begun the sweep, or taken it up, in the same moment and holds it."""
+    first = find_sweeps(ledger.client, ledger.place.experiment, sweep.id)[0]
+    holder = first.data.tags.get("heartbeat", "").partition(" ")[2]
+    own = first.info.run_id == ledger.place.parent
+    if own and holder == ledger.driver:
+        return
+    ledger.lost = own  # then the other one says how it ends
+    ledger.close("KILLED")
+    if not own:
+        ledger.client.delete_run(ledger.place.parent)  # nothing lies under it
+    raise TrackingError(f"sweep {sweep.id} was begun by another driver in the same moment; wait for it")
 
 
 def share_view(client: MlflowClient, place: Place, sweep: Sweep) -> None:

@@ -112,7 +112,7 @@ def test_a_sweep_is_sent_with_its_packages_and_nothing_else_is_touched(client, c
     assert client.sent["runtime_env"]["env_vars"] == {
         "MLFLOW_TRACKING_URI": "http://ledger:5000", "RAY_JOB_STOP_WAIT_TIME_S": "60",
     }  # fmt: skip
-    assert {name.split("/")[0] for name in client.files} == {*jobs.PACKAGES, "pyproject.toml", ".rayignore"}
+    assert {name.split("/")[0] for name in client.files} == {*jobs.PACKAGES, "pyproject.toml"}
     assert {"cluster/cli.py", "cluster/report.html.j2", "sim/box.py"} <= set(client.files)
     assert not any("__pycache__" in name for name in client.files)
     assert not Path(client.sent["runtime_env"]["working_dir"]).exists()
@@ -128,7 +128,7 @@ def test_a_search_is_sent_likewise_and_its_code_is_the_jobs_own(client, console,
     ]  # fmt: skip
     assert jobs.STORAGE not in client.sent["runtime_env"]["env_vars"]
     assert client.sent["metadata"]["sweep"].startswith("tiny-search-")
-    assert {name.split("/")[0] for name in client.files} == {*jobs.PACKAGES, "pyproject.toml", ".rayignore"}
+    assert {name.split("/")[0] for name in client.files} == {*jobs.PACKAGES, "pyproject.toml"}
     said = capsys.readouterr().out
     assert re.search(r"job job1: search tiny-search-\w+, 3 points", said)
     assert "job job1: failed, exit code 1" in said
@@ -706,9 +706,9 @@ def test_the_server_that_is_started_listens_on_loopback_with_one_worker(elsewher
     ((_, command, environment),) = started
     flags = dict(zip(command[4::2], command[5::2], strict=True))
     assert flags == {
-        "--backend-store-uri": f"sqlite:///{elsewhere}/headway-server/mlflow.db", "--host": "127.0.0.1",
-        "--port": str(port), "--workers": "1", "--allowed-hosts": "mlflow:5000,head:5000",
+        "--host": "127.0.0.1", "--port": str(port), "--workers": "1", "--allowed-hosts": "mlflow:5000,head:5000",
         "--artifacts-destination": (elsewhere / "headway-server" / "artifacts").as_uri(),
     }  # fmt: skip
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{elsewhere}/headway-server/mlflow.db"
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"

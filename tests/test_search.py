@@ -117,6 +117,8 @@ def test_a_wrong_space_is_one_line_that_names_it(items, message):
 BAD_SEARCHES = [
     (["quick", "--space", f"{RATE}=1e-4..1e-2"], "widths: (32, 64) is not allowed; it must be one width, or searched"),
     (["width", "--space", "model.width=16..64"], "axes: 'model.parametrization, train.learning_rate' is not allowed"),
+    (["quick", "--space", "model.width=16..64", "--prune", "--objective", "validation_loss", "--seeds", "4",
+      "--pack-size", "2"], "pack_size: 2 is not allowed; it must be at least the 4 seeds of a point where --prune"),
     (["quick", "--space", "model.width=16..64", "--prune"],
      "prune: True is not allowed; it must be left out: points are stopped by their validation loss"),
     (["quick", "--space", "model.width=16..64", "--prune", "--objective", "validation_loss", "seconds"],
@@ -424,7 +426,7 @@ def test_what_cannot_be_told_stays_at_work_for_the_next_look():
     searcher.on_trial_complete("t")
     assert study.trials[0].state == TrialState.RUNNING
     assert searcher.suggest("u") == Searcher.FINISHED
-    assert recover(study, bench.end) == (1, 0)
+    assert recover(study, space_of(*SPACE), bench.end) == (1, 0)
     assert study.trials[0].value == value_of(study.trials[0].params)
 
 
@@ -489,15 +491,41 @@ def reopened(tmp_path):
 def test_points_left_at_work_are_told_by_the_ledger_or_queued_none_lost_or_repeated(tmp_path):
     study, params = planted_running(tmp_path)
     ledger = lambda given: Verdict(values=(7.0,), attrs={"never": 1}) if given == params[2] else None  # noqa: E731
-    assert recover(study, ledger) == (1, 2)
+    assert recover(study, space_of(*SPACE), ledger) == (1, 2)
     study = reopened(tmp_path)
     assert [one.state.name for one in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "FAIL", "WAITING", "WAITING"]
     assert (study.trials[2].value, study.trials[2].user_attrs["never"]) == (7.0, 1)
-    assert recover(study, ledger) == (0, 0)
+    assert recover(study, space_of(*SPACE), ledger) == (0, 0)
     bench = Bench()
     tune(searcher_of(study, bench, points=4)[0])
     assert bench.begun == [params[1], params[3]]
     assert finished(study) == 4
+
+
+def test_a_driver_killed_while_a_point_is_chosen_leaves_a_study_that_goes_on(tmp_path):
+    """Optuna writes a trial, then its fields one by one: fresh ones are drawn anew, what was queued is queued again."""
+    study, space = study_of(tmp_path), space_of(*SPACE)
+    some = {space[0].param: space[0].distribution}
+    study.ask(some)  # the second field was never written
+    study.ask()  # nor was any of this one
+    queued = {space[0].param: 3e-4, space[1].param: 48}
+    study.enqueue_trial(queued)
+    study.ask()
+    study.enqueue_trial(queued | {space[1].param: 24})
+    study.ask(some)
+
+    def settled(given):
+        raise AssertionError("nothing was trained")
+
+    assert recover(reopened(tmp_path), space, settled) == (0, 2)
+    assert recover(reopened(tmp_path), space, settled) == (0, 0)
+    study = reopened(tmp_path)
+    causes = [trial.user_attrs.get("cause") for trial in study.trials]
+    chosen, again = "its driver was stopped as it was chosen", "its driver was stopped; enqueued again"
+    assert causes == [chosen, chosen, again, again, None, None]
+    bench = Bench()
+    tune(searcher_of(study, bench, points=2)[0])
+    assert bench.begun == [queued, queued | {space[1].param: 24}]
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
@@ -515,9 +543,9 @@ def test_taking_up_may_itself_be_broken_off_anywhere(tmp_path, monkeypatch, call
     with monkeypatch.context() as patch:
         patch.setattr(searching, "tell", die_later)
         with pytest.raises(KeyboardInterrupt):
-            recover(study, lambda given: None)
+            recover(study, space_of(*SPACE), lambda given: None)
     study = reopened(tmp_path)
-    recover(study, lambda given: None)
+    recover(study, space_of(*SPACE), lambda given: None)
     bench = Bench()
     tune(searcher_of(study, bench, points=4)[0])
     assert sorted(map(str, bench.begun)) == sorted(map(str, params[1:]))

@@ -1,5 +1,6 @@
 """The ledger, on a real SQLite store: who is done, who counts, who holds a sweep."""
 
+import base64
 import dataclasses
 import errno
 import functools
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from types import SimpleNamespace
 
 import pytest
@@ -396,6 +398,8 @@ def test_a_plan_looks_at_the_ledger_without_making_one(store, ledger):
     ("uri", "message"),
     [
         ("http://127.0.0.1:9", "no MLflow server answers at 'http://127.0.0.1:9'"),
+        ("http://me:hunter2@127.0.0.1:9", "no MLflow server answers at 'http://me:...@127.0.0.1:9'"),
+        ("ftp://me:hunter2@somewhere", "'ftp://me:...@somewhere' is not allowed"),
         ("ftp://somewhere", "it must begin with http://, https:// or sqlite:///"),
         ("sqlite:////dev/null/mlflow.db", "cannot be opened"),
     ],
@@ -405,7 +409,65 @@ def test_stores_that_cannot_be_used_are_refused_in_one_line_and_soon(uri, messag
     with pytest.raises(TrackingError, match=message) as caught:
         tracking.connect(uri)
     assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
     assert time.monotonic() - start < 10
+
+
+def test_a_password_goes_to_the_server_and_into_no_link(monkeypatch):
+    asked = []
+
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(200 if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(
+        TrackingError, match=r"'http://me:\.\.\.@127.0.0.1:.*' cannot be opened"
+    ):  # no more than healthy
+        tracking.connect(f"http://me:p%40ss@127.0.0.1:{server.server_port}/")
+    server.shutdown()
+    server.server_close()
+    assert asked[0] == ("/health", "Basic " + base64.b64encode(b"me:p@ss").decode())
+    assert tracking.page_base("https://me:p%40ss@host:5000/x/") == "https://host:5000/x"
+    assert tracking.page_base("http://host") == "http://host"
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["a new sweep", "one taken up"])
+def test_of_two_drivers_in_the_same_moment_one_has_the_sweep(store, monkeypatch, request, begun):
+    client, uri = store
+    own = dataclasses.replace(SWEEP, name=f"same-moment-{begun}")
+    other = f"elsewhere:1:{uuid.uuid4().hex}:x"
+    experiment = tracking.experiment_id(client, uri)
+    if begun:
+        tracking.open_sweep(client, uri, own).close("FINISHED")
+        (parent,) = tracking.find_sweeps(client, experiment, own.id)
+        real = tracking.Ledger.start_beating
+
+        def outdone(ledger):
+            real(ledger)
+            client.set_tag(parent.info.run_id, "heartbeat", f"{time.time():.0f} {other}")
+
+        monkeypatch.setattr(tracking.Ledger, "start_beating", outdone)
+    else:
+        first = tracking.open_sweep(client, uri, own)
+        first._stop.set()
+        client.set_tag(first.place.parent, "heartbeat", f"{time.time():.0f} {other}")
+        looks, find = [], tracking.find_sweeps
+        monkeypatch.setattr(tracking, "find_sweeps", lambda *args: find(*args) if looks else looks.append(1) or [])
+    with pytest.raises(TrackingError, match=rf"{own.id} was begun by another driver in the same moment"):
+        tracking.open_sweep(client, uri, own)
+    monkeypatch.undo()
+    runs = tracking.search(client, experiment, f"tags.sweep_id = '{own.id}'")
+    assert [run.data.tags["heartbeat"].partition(" ")[2] for run in runs] == [other]
+    assert runs[0].info.status == "RUNNING"
+    client.set_terminated(runs[0].info.run_id, "KILLED")
 
 
 def test_a_server_that_never_answers_is_given_up_after_a_while(monkeypatch):
