@@ -60,7 +60,7 @@ class Settings:
     patience: float = 300.0
     """Seconds to wait for an MLflow server that is away, or for a node to train on, before the sweep is broken off."""
     redo: bool = False
-    """Train members again that are done; their old runs leave the count."""
+    """Train members again that are done; their old runs leave the count. Broken off, the same command goes on."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "workers", "pack_size", "checkpoint_every", "patience"):
@@ -151,9 +151,11 @@ def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
     for config in {replace(member.config, model=ModelConfig(), train=TrainConfig(), seed=0) for member in members}:
         config.system.rows("train", 1, Generator.of("can it be made at all"))
     rehearse(members)
+    redo = ""
     for parent in tracking.find_sweeps(desk.client, desk.experiment, sweep.id):
         tracking.require_free(parent)
         warn_of_code(parent)
+        redo = parent.data.tags.get(REDO, "")
     display.stage("starting Ray")
     with ray_cluster(settings.address, settings.workers):
         require_shared(alive(), settings)
@@ -161,7 +163,7 @@ def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
         for member in members:
             require_computable(member.config, "cuda" if "GPU" in resources else "cpu")
         with held_ledger(desk, sweep) as ledger:
-            return _run(Job(desk, sweep, members, ledger, resources, display))
+            return _run(Job(desk, sweep, members, ledger, resources, display, redo))
 
 
 @contextmanager
@@ -183,7 +185,7 @@ def held_ledger(desk: Desk, sweep: Sweep) -> Iterator[Ledger]:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One call of `run_sweep` on its way."""
+    """One call of `run_sweep` on its way. redo: what the tag `REDO` said at its beginning."""
 
     desk: Desk
     sweep: Sweep
@@ -191,6 +193,7 @@ class Job:
     ledger: Ledger
     resources: Mapping[str, float]
     display: Display
+    redo: str = ""
 
 
 def _run(job: Job) -> Outcome:
@@ -202,6 +205,8 @@ def _run(job: Job) -> Outcome:
     if missing:
         counted, last = train(job, missing)
     lost = {member.id for member in job.members} - counted.keys()
+    if not lost and (job.redo or job.desk.settings.redo):
+        job.desk.client.delete_tag(job.ledger.place.parent, REDO)
     over = [run for member, run in last.items() if member not in counted]  # FAILED, or KILLED by now
     analysis, report = tracking.patiently(
         lambda: analyze(job.desk, job.sweep, job.ledger.place, counted, over, job.display),
@@ -251,15 +256,25 @@ def analyze_again(desk: Desk, parent: Run, sweep: Sweep, display: Display) -> Ou
     return Outcome(place=place, analysis=analysis, report=report, trained=0, failed=0, seconds=time.monotonic() - start)
 
 
+REDO = "redo_since"  # tag of a sweep that is being trained again: since when (ms), by which code
+
+
 def retire(job: Job) -> None:
-    """Take the runs of this sweep's members out of the count, and drop their checkpoints."""
+    """Take the runs of this sweep's members out of the count, and drop their checkpoints. Where that has been broken
+    off, and the code is the same, those begun since then are kept."""
+    client, parent, now = job.desk.client, job.ledger.place.parent, tracking.code_version()
+    since, _, code = job.redo.partition(" ")
+    if code != now:
+        files = open_store(job.desk.store(job.sweep))
+        for manifest in checkpoint.manifests(files, versions(), warn):
+            checkpoint.remove(files, manifest.name)
+        since = str(tracking.now_ms())
+        client.set_tag(parent, REDO, f"{since} {now}")
     wanted = {member.id for member in job.members}
-    for run in tracking.children(job.desk.client, job.ledger.place):
-        if run.data.tags["member_id"] in wanted and tracking.is_settled(run):
-            tracking.supersede(job.desk.client, run.info.run_id, "redo")
-    files = open_store(job.desk.store(job.sweep))
-    for manifest in checkpoint.manifests(files, versions(), warn):
-        checkpoint.remove(files, manifest.name)
+    for run in tracking.children(client, job.ledger.place):
+        before = run.info.start_time < int(since)
+        if before and run.data.tags["member_id"] in wanted and tracking.is_settled(run):
+            tracking.supersede(client, run.info.run_id, "redo")
 
 
 def train(job: Job, missing: Sequence[Member]) -> tuple[dict[str, Run], dict[str, Run]]:

@@ -3,13 +3,15 @@
 import dataclasses
 import io
 import shutil
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from cluster import dispatch, tracking, trial
+from cluster import dispatch, driver, tracking, trial
 from cluster.dispatch import settle_resources, slots
 from cluster.member_runs import MemberRuns
 from cluster.pack import Pace, PackRun, make_pool
@@ -78,6 +80,28 @@ def test_a_pack_goes_from_the_pool_to_the_ledger(worker):
     assert worker.files.names(ATTEMPTS) == []
     run = worker.runs()[0]
     assert len(worker.client.get_metric_history(run.info.run_id, "validation_loss")) == len(SWEEP.probe.steps(14))
+
+
+def test_training_again_that_was_broken_off_goes_on(worker, tmp_path):
+    """Its first call takes all runs out of the count and drops checkpoints; the next one keeps what was begun since."""
+    client, place = worker.client, worker.ledger.place
+    members = SWEEP.members()
+
+    def call():
+        tags = client.get_run(place.parent).data.tags
+        desk = SimpleNamespace(client=client, store=lambda sweep: str(tmp_path / "store"))
+        driver.retire(driver.Job(desk, SWEEP, members, worker.ledger, {}, None, tags.get(driver.REDO, "")))
+        return len(tracking.counted(worker.runs()))
+
+    worker.run()
+    assert len(tracking.counted(worker.runs())) == 2
+    assert call() == 0
+    time.sleep(0.002)  # runs are told apart by milliseconds
+    worker.run()
+    assert call() == 2
+    assert call() == 2
+    client.set_tag(place.parent, driver.REDO, "1 other-code")
+    assert call() == 0
 
 
 def test_a_restarted_pack_logs_no_point_twice_and_no_table_changes(worker, monkeypatch):
