@@ -35,7 +35,7 @@ from cluster.trial import Report, SearchContext, TrialContext, pool_name, train_
 from sim.checks import require
 
 LOST = "the worker kept failing"
-RETRIES = 12  # of one trial; a pack gives up by itself sooner, after three failures at one step
+RETRIES = 100  # of one trial, that a pack may lose many spot machines; where it makes no progress it gives up by itself
 LOOK_EVERY = 1.0  # seconds between looks at whether trials can go on
 
 UNWATCHED = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}

@@ -7,7 +7,6 @@ import json
 import math
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,12 +14,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
+from cluster import store
+from cluster.store import insist
 from cluster.sweep import Member, Pack
 from cluster.tracking import BATCH, KIND, PARENT, Place, code_version, is_outage, search, supersede
 from sim import system_name
-
-PAUSE = 0.5  # seconds before a call that failed is tried again, doubling up to 8
-PATIENCE = 60.0  # seconds for which a call that a store or a disk refuses is tried again
 
 
 def running_of(client: MlflowClient, place: Place, members: Iterable[str]) -> list[Run]:
@@ -69,7 +67,7 @@ class MemberRuns:
     raised by `close`.
     """
 
-    def __init__(self, place: Place, pack: Pack, device: str, patience: float = PATIENCE) -> None:
+    def __init__(self, place: Place, pack: Pack, device: str, patience: float = store.PATIENCE) -> None:
         self.place, self.pack, self.device, self.patience = place, pack, device, patience
         self.client = MlflowClient(tracking_uri=place.uri)
         self.points: list[list[Metric]] = [[] for _ in pack.members]
@@ -103,16 +101,10 @@ class MemberRuns:
                 return
 
     def _patiently(self, job: Callable[[], None]) -> None:
-        begun, pause = time.monotonic(), PAUSE
-        while True:
-            try:
-                return job()
-            except (MlflowException, OSError) as error:
-                patience = self.patience if is_outage(error, self.place.uri) else min(self.patience, PATIENCE)
-                if time.monotonic() + pause > begun + patience:
-                    raise
-                time.sleep(pause)
-                pause = min(2 * pause, 8.0)
+        def patience(error: Exception) -> float:
+            return self.patience if is_outage(error, self.place.uri) else min(self.patience, store.PATIENCE)
+
+        insist(job, patience, (MlflowException, OSError))
 
     def _start(self) -> None:
         """Make the runs that are not made yet: a repeat after a fault goes on where the fault came."""

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from train.checkpoint import Files
+
+PAUSE = 0.5  # seconds before a call that failed is tried again, doubling up to 8
+PATIENCE = 60.0  # seconds for which a call that a store or a disk refuses is tried again
+
+T = TypeVar("T")
+
+
+def insist(
+    call: Callable[[], T],
+    patience: Callable[[Exception], float] = lambda error: PATIENCE,
+    errors: tuple[type[Exception], ...] = (OSError,),
+) -> T:
+    """What the call returns, made again after these errors; the last one is raised `patience` seconds after the first
+    try. The call must bear repeating."""
+    begun, pause = time.monotonic(), PAUSE
+    while True:
+        try:
+            return call()
+        except errors as error:
+            if time.monotonic() + pause > begun + patience(error):
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 8.0)
 
 
 class FolderStore:
@@ -79,6 +104,17 @@ class ObjectStore:
         path = f"{self._root}/{name}"
         if self._files.get_file_info(path).type != self._missing:
             self._files.delete_file(path)
+
+
+class Insisting:
+    """A store that is asked again for a while where it does not take a file: its disk may be full for a moment."""
+
+    def __init__(self, files: Files) -> None:
+        self.files, self.get, self.names, self.delete = files, files.get, files.names, files.delete
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write whole or not at all."""
+        insist(lambda: self.files.put(name, content))
 
 
 def open_store(url: str | Path) -> Files:

@@ -22,7 +22,7 @@ from ray import tune
 
 from cluster.curves import Columns, Curves
 from cluster.encoding import decode, encode
-from cluster.member_runs import PATIENCE, MemberRuns
+from cluster.member_runs import MemberRuns
 from cluster.pack import (
     Clock,
     Figures,
@@ -35,7 +35,7 @@ from cluster.pack import (
     save_checkpoint,
     warn,
 )
-from cluster.store import open_store
+from cluster.store import PATIENCE, Insisting, open_store
 from cluster.sweep import MemberConfig, Pack, Sweep, part_sizes, versions
 from cluster.tracking import Place, counted, own_children, patiently
 from probes.probe import Probe
@@ -136,14 +136,17 @@ def train_here(pack: Pack, context: TrialContext) -> None:
     """Train a pack on this worker, from the pool to the ledger."""
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-    attempts = Attempts(open_store(context.store), pack)
+    attempts = Attempts(Insisting(open_store(context.store)), pack)
     left = unsettled(pack, context) if attempts.begun else pack
     if not left.members:
         end(attempts, pack)
         return
     runs = MemberRuns(context.place, left, device_name(device), context.patience)
     try:
-        cause = attempts.begin(progress_of(attempts.files, pack))
+        try:
+            cause = attempts.begin(progress_of(attempts.files, pack))
+        except OSError as error:  # not even a count of failures can be kept: Tune would try again and again
+            cause = f"nothing can be written beside the checkpoints: {error}"
         if cause is not None:
             runs.fail(cause)
             Report(pack=pack.id, step=pack.start, failed=cause).send()

@@ -113,6 +113,7 @@ def test_a_sweep_extended_done_anew_and_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(driver, "analyze", tell_nothing)
     assert "2 members trained in this call" in again("--seeds", "1", "--redo")
     redone = Ledger(tmp_path)
+    assert driver.REDO not in redone.parent.data.tags
     assert redone.statuses() == ["FINISHED"] * 4 + ["KILLED"] * 2
     assert len(redone.counted) == 4
     for member, run in redone.counted.items():

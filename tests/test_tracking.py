@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 from mlflow.exceptions import MlflowException, RestException
 
-from cluster import member_runs, tracking
+from cluster import store as stores
+from cluster import tracking
 from cluster.member_runs import MemberRuns
 from cluster.sweep import Pack, Sweep, validate
 from cluster.tracking import BrokenOffError, TrackingError
@@ -160,8 +161,8 @@ def test_a_call_that_keeps_failing_is_raised_at_the_end(store, ledger):
 
 def test_a_server_that_is_away_is_waited_for_longer_than_what_it_refuses(store, ledger, monkeypatch):
     """How long depends on the error: a disk that is full is not waited for as a server is."""
-    monkeypatch.setattr(member_runs, "PAUSE", 0.01)
-    monkeypatch.setattr(member_runs, "PATIENCE", 0.0)
+    monkeypatch.setattr(stores, "PAUSE", 0.01)
+    monkeypatch.setattr(stores, "PATIENCE", 0.0)
     place = dataclasses.replace(ledger.place, uri="http://127.0.0.1:9")
     for faults, error, outcome in (("YYN", OSError("reset"), 3), ("YYN", OSError(errno.ENOSPC, "full"), 1)):
         calls, ahead = [], iter(faults)
@@ -182,7 +183,7 @@ def test_passing_faults_of_the_store_are_waited_out(store, ledger, monkeypatch):
     """Every call fails now and then, before or after the first runs are made: two members end FINISHED, once each."""
     client, _ = store
     with monkeypatch.context() as patch:
-        patch.setattr(member_runs, "PAUSE", 0.01)
+        patch.setattr(stores, "PAUSE", 0.01)
         for name, faults in (
             ("create_run", "YNYNN"),
             ("log_batch", "NYNYYN"),

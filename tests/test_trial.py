@@ -1,7 +1,9 @@
 """A pack on a worker, without a cluster: its ledger entries, its failures counted, its restart from a checkpoint."""
 
 import dataclasses
+import errno
 import io
+import math
 import shutil
 import time
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from cluster import dispatch, driver, tracking, trial
+from cluster import store as stores
 from cluster.dispatch import settle_resources, slots
 from cluster.member_runs import MemberRuns
 from cluster.pack import Pace, PackRun, make_pool
@@ -80,6 +83,48 @@ def test_a_pack_goes_from_the_pool_to_the_ledger(worker):
     assert worker.files.names(ATTEMPTS) == []
     run = worker.runs()[0]
     assert len(worker.client.get_metric_history(run.info.run_id, "validation_loss")) == len(SWEEP.probe.steps(14))
+
+
+class Full(FolderStore):
+    """A store on a full disk that takes `small` bytes at most; `room` calls later it has room again."""
+
+    small, room = 10_000, math.inf
+
+    def put(self, name, content):
+        self.room -= 1
+        if len(content) > self.small and self.room >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device", name)
+        super().put(name, content)
+
+
+@pytest.fixture
+def full(worker, tmp_path, monkeypatch):
+    full = Full(tmp_path / "store")
+    monkeypatch.setattr(trial, "open_store", lambda url: full)
+    monkeypatch.setattr(stores, "PAUSE", 0.001)
+    monkeypatch.setattr(stores, "PATIENCE", 0.1)
+    return full
+
+
+def test_a_full_store_of_checkpoints_is_waited_for(worker, full):
+    full.room = 5
+    worker.run()
+    assert sorted(run.info.status for run in worker.runs()) == ["FINISHED", "FINISHED"]
+    assert full.room < 0
+
+
+def test_a_store_that_stays_full_is_given_up_by_its_own_name(worker, full):
+    """Where small files still fit, failures are counted; where nothing does, the first one is the last."""
+    for _ in range(GIVE_UP):
+        with pytest.raises(OSError, match="No space left"):
+            worker.run()
+    worker.run()
+    assert worker.reports[-1]["failed"].startswith(f"failed {GIVE_UP} times from step 0: OSError: [Errno 28] No space")
+    full.small = 0
+    worker.run()
+    assert worker.reports[-1]["failed"].startswith("nothing can be written beside the checkpoints: [Errno 28] No space")
+    last = max(worker.runs(), key=lambda run: run.info.start_time)
+    assert (last.info.status, "No space left" in last.data.tags["cause"]) == ("FAILED", True)
 
 
 def test_training_again_that_was_broken_off_goes_on(worker, tmp_path):
