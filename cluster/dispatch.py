@@ -94,6 +94,11 @@ def settle_resources(wanted: float | None) -> dict[str, float]:
     require(gpus <= 1 or gpus == int(gpus), "gpus", gpus, "at most 1, or a whole number")
     resources = {"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": 1.0}
     found = "; ".join(", ".join(f"{name} {node.get(name, 0.0):g}" for name in ("CPU", "GPU")) for node in nodes())
+    if not gpus and not slots(resources):
+        raise ValueError(
+            f"address: no node there has a CPU for packs (the nodes have {found}); where machines come on demand, "
+            "have one stand ready (min_workers: 1)"
+        )
     require(
         slots(resources) > 0, "gpus", gpus, f"such that one node has it and a CPU beside it (the nodes have {found})"
     )

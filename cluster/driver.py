@@ -6,7 +6,7 @@ import functools
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from cluster import tracking
 from cluster.analysis import Analysis
 from cluster.dispatch import alive, find_room, make_pools, ray_cluster, run_packs, settle_resources, slots
 from cluster.geometry import with_tables
-from cluster.nodes import require_shared
+from cluster.nodes import Newcomers
 from cluster.pack import Pace, warn
 from cluster.rehearsal import rehearse
 from cluster.report import MemberData, require_replaceable, write_report
@@ -158,12 +158,12 @@ def run_sweep(sweep: Sweep, settings: Settings, display: Display) -> Outcome:
         redo = parent.data.tags.get(REDO, "")
     display.stage("starting Ray")
     with ray_cluster(settings.address, settings.workers):
-        require_shared(alive(), settings)
+        newcomers = Newcomers(settings, alive)
         resources = settle_resources(settings.gpus)
         for member in members:
             require_computable(member.config, "cuda" if "GPU" in resources else "cpu")
         with held_ledger(desk, sweep) as ledger:
-            return _run(Job(desk, sweep, members, ledger, resources, display, redo))
+            return _run(Job(desk, sweep, members, ledger, resources, display, redo, newcomers))
 
 
 @contextmanager
@@ -185,7 +185,8 @@ def held_ledger(desk: Desk, sweep: Sweep) -> Iterator[Ledger]:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One call of `run_sweep` on its way. redo: what the tag `REDO` said at its beginning."""
+    """One call of `run_sweep` on its way. redo: what the tag `REDO` said at its beginning.
+    newcomers: looks at nodes that have joined."""
 
     desk: Desk
     sweep: Sweep
@@ -194,6 +195,7 @@ class Job:
     resources: Mapping[str, float]
     display: Display
     redo: str = ""
+    newcomers: Callable[[], None] = lambda: None
 
 
 def _run(job: Job) -> Outcome:
@@ -298,6 +300,7 @@ def train(job: Job, missing: Sequence[Member]) -> tuple[dict[str, Run], dict[str
     )
 
     def watch() -> None:
+        job.newcomers()
         job.ledger.require_held()
         job.ledger.require_heard(context.patience)
 

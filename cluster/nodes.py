@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -55,6 +55,33 @@ def require_shared(nodes: Sequence[Mapping[str, Any]], settings: Settings) -> No
     finally:
         for written in (mark, *(f"{mark}-{node}" for node in by_id)):
             files.delete(written)
+
+
+class Newcomers:
+    """Raises BrokenOffError once a node has joined that does not share server and store: packs would be lost there.
+
+    alive: looks at the nodes that there are. Those of now are checked at once: ValueError as of `require_shared`.
+    """
+
+    def __init__(self, settings: Settings, alive: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+        self.settings, self.alive = settings, alive
+        nodes = alive()
+        require_shared(nodes, settings)
+        self.known = {node["NodeID"] for node in nodes}
+
+    def __call__(self) -> None:
+        """Look now."""
+        nodes = self.alive()
+        now = {node["NodeID"] for node in nodes}
+        if now <= self.known:
+            return
+        try:
+            require_shared(nodes, self.settings)
+        except ValueError as error:
+            if {node["NodeID"] for node in self.alive()} != now:
+                return  # one may have gone meanwhile: asked again at the next look
+            raise tracking.BrokenOffError(f"a node has joined that cannot take part: {error}") from error
+        self.known |= now
 
 
 def _ask_nodes(nodes: Sequence[str], root: str, mark: str, uri: str) -> dict[str, tuple[str, bool]]:

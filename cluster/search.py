@@ -24,7 +24,7 @@ from cluster.dispatch import alive, open_shelf, ray_cluster, run_points, settle_
 from cluster.display import LINE_EVERY, Live, count, loss_text
 from cluster.driver import Desk, Settings, require_writable
 from cluster.figures import save
-from cluster.nodes import require_shared
+from cluster.nodes import Newcomers
 from cluster.objectives import Verdict
 from cluster.pack import Pace
 from cluster.rehearsal import rehearse
@@ -235,7 +235,7 @@ def train_points(search: Search, study: optuna.Study, workshop: Workshop, board:
     board.stage("starting Ray")
     try:
         with ray_cluster(search.settings.address, search.settings.workers):
-            require_shared(alive(), search.settings)
+            newcomers = Newcomers(search.settings, alive)
             workshop.use(settle_resources(search.settings.gpus))
             searcher = StudySearcher(
                 study, search.space, search.options.points, workshop, board.verdict, search.settings.patience
@@ -249,6 +249,7 @@ def train_points(search: Search, study: optuna.Study, workshop: Workshop, board:
             )
 
             def watch() -> None:
+                newcomers()
                 workshop.study.require_held()
                 workshop.study.require_heard(context.patience)
 

@@ -158,7 +158,7 @@ def test_a_dry_run_plans_and_starts_nothing(capsys, elsewhere):
 def test_a_request_that_the_cluster_can_never_meet_leaves_nothing(capsys, elsewhere, monkeypatch, blank_store):
     shutil.copy(blank_store, elsewhere)
     monkeypatch.setattr(driver, "ray_cluster", lambda *args: contextlib.nullcontext())
-    monkeypatch.setattr(driver.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(driver.ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0}}])
     assert main(["sweep", "tiny", "--gpus", "3"]) == 2
     said = capsys.readouterr().err
     assert said == "headway: gpus: 3.0 is not allowed; it must be at most 0, all that one node has\n"

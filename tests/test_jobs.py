@@ -467,6 +467,28 @@ def test_several_nodes_need_a_server(in_turn, elsewhere):
     assert list(elsewhere.iterdir()) == []
 
 
+def test_a_node_that_joins_later_has_to_share_too(in_turn, elsewhere):
+    settings = Settings(tracking_uri="http://ledger:5000", out=elsewhere / "shared")
+    there = [NODES[:1]]
+    look = node_checks.Newcomers(settings, lambda: there[-1])
+    look()
+    there.append(NODES)
+    look()
+    assert look.known == {"a", "b"}
+    there.append(NODES[:1])  # one that goes, and comes again, is known
+    look()
+    alone = node_checks.Newcomers(Settings(), lambda: there[-1])
+    alone()
+    there.append(NODES)
+    with pytest.raises(tracking.BrokenOffError, match=r"a node has joined that cannot .*: tracking_uri: 'sqlite"):
+        alone()
+    in_turn["elsewhere"].add("b")
+    unsteady = node_checks.Newcomers(settings, iter([NODES[:1], NODES, NODES[:1], NODES, NODES]).__next__)
+    unsteady()  # gone while it was asked
+    with pytest.raises(tracking.BrokenOffError, match=r"10\.0\.0\.2 cannot read what this one writes"):
+        unsteady()
+
+
 @pytest.mark.parametrize("name", ["out", "store"])
 def test_several_nodes_need_a_folder_in_common_and_no_trace_is_left(in_turn, elsewhere, name):
     folder = elsewhere / "shared"

@@ -377,6 +377,9 @@ def test_a_gpu_on_a_node_without_a_free_cpu_is_no_place(monkeypatch):
     monkeypatch.setattr(dispatch.ray, "nodes", lambda: apart)
     with pytest.raises(ValueError, match="such that one node has it and a CPU beside it"):
         settle_resources(1.0)
+    monkeypatch.setattr(dispatch.ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 1e9}}])
+    with pytest.raises(ValueError, match=r"address: no node there has a CPU for packs \(the nodes have CPU 0, GPU 0\)"):
+        settle_resources(None)
 
 
 def test_a_worker_keeps_its_pool_for_the_next_pack(worker, monkeypatch):
