@@ -103,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_a(error, "cluster.tracking", "BrokenOffError"):
             print(f"headway: {error}", file=sys.stderr)
+        elif is_a(error, "optuna.exceptions", "StorageInternalError"):
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            print(f"headway: the study's database: {reason}; the same command goes on later", file=sys.stderr)
         elif is_a(error, "mlflow.exceptions", "MlflowException"):
             print(f"headway: MLflow: {str(error).splitlines()[0]}", file=sys.stderr)
         else:

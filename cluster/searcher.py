@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import optuna
 from mlflow.exceptions import MlflowException
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Stopper
 from ray.tune.search import Searcher
@@ -19,11 +22,13 @@ from ray.tune.stopper import NoopStopper
 
 from cluster.objectives import Verdict
 from cluster.space import LOOKS, Space
+from cluster.store import insist
 from cluster.tracking import BrokenOffError, TrackingError
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # it tells of every study and trial
 
-UNTOLD = (MlflowException, OSError)  # the ledger is away for the moment
+UNTOLD = (MlflowException, OSError, StorageInternalError)  # ledger, or study, is away for the moment
+T = TypeVar("T")
 
 
 class Points(Protocol):
@@ -57,8 +62,8 @@ class StudySearcher(Searcher):
 
     points: how many COMPLETE or PRUNED trials the study shall have in all. Trials that FAIL in this call are not
     replaced in it; suggestions that cannot be built are, and are kept as FAIL with their cause.
-    patience: seconds that the ledger may be away while a point is begun, or one that is done is looked up, then
-    BrokenOffError.
+    patience: seconds that the ledger may be away while a point is begun, or one that is done is looked up, or the
+    study's database, then BrokenOffError.
     """
 
     def __init__(
@@ -93,21 +98,31 @@ class StudySearcher(Searcher):
         begun = sum(len(live.trials) for live in self.live.values()) + (self.waiting is not None)
         return self.points - finished(self.study) - self.failed - begun
 
+    def ask(self, call: Callable[[], T]) -> T:
+        """What the study answers; its database may be away for a while."""
+        try:
+            return insist(call, lambda error: self.patience, (StorageInternalError,))
+        except StorageInternalError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise BrokenOffError(
+                f"the study's database has taken nothing for {self.patience:.0f} s ({reason}); "
+                "the same command goes on later"
+            ) from error
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Tune's call: a point to train; None while there is no room, FINISHED when there are none left."""
         reason = ""
         for _ in range(LOOKS):
             if len(self.live) >= max(1, self.bench.room()):
                 return None
-            if self.waiting is None and self.left <= 0:
+            if self.waiting is None and self.ask(lambda: self.left) <= 0:
                 return str(Searcher.FINISHED)
-            trial, self.waiting = self.waiting or self.study.ask(self.distributions), None
+            trial, self.waiting = self.waiting or self.ask(lambda: self.study.ask(self.distributions)), None
             try:
                 identity = self.bench.identity(trial.params)
             except ValueError as error:
                 reason = str(error)
-                trial.set_user_attr("infeasible", reason)
-                self.study.tell(trial, state=TrialState.FAIL)
+                self.ask(functools.partial(refuse, self.study, trial, reason))
                 continue
             twin = next((live for live in self.live.values() if live.point == identity), None)
             if twin is not None:
@@ -145,8 +160,9 @@ class StudySearcher(Searcher):
         if live is None or not math.isfinite(value) or step <= live.step:
             return False
         live.step = step
-        live.trials[0].report(value, step)
-        live.pruned = live.trials[0].should_prune()
+        with contextlib.suppress(StorageInternalError):  # the next report may say the same
+            live.trials[0].report(value, step)
+            live.pruned = live.trials[0].should_prune()
         return live.pruned
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -155,18 +171,22 @@ class StudySearcher(Searcher):
         if live is None:
             return
         try:
-            verdict = self.bench.end(live.trials[0].params, live.pruned)
+            self._tell(live.trials, self.bench.end(live.trials[0].params, live.pruned), live.pruned)
         except (*UNTOLD, BrokenOffError) as away:  # the trial stays RUNNING: `recover` tells it later
             self.failed += len(live.trials)
             self.on_verdict(live.trials[0].number, Verdict(cause=f"not told yet: {away}"))
-            return
-        self._tell(live.trials, verdict, live.pruned)
 
     def _tell(self, trials: Sequence[optuna.Trial], verdict: Verdict, pruned: bool = False) -> None:
         for trial in trials:
-            state = tell(self.study, trial, verdict, pruned)
+            state = self.ask(functools.partial(tell, self.study, trial, verdict, pruned))
             self.failed += state == TrialState.FAIL
             self.on_verdict(trial.number, verdict)
+
+
+def refuse(study: optuna.Study, trial: optuna.Trial, reason: str) -> None:
+    """End a trial of which no member can be built."""
+    trial.set_user_attr("infeasible", reason)
+    study.tell(trial, state=TrialState.FAIL)
 
 
 def tell(study: optuna.Study, trial: optuna.Trial | FrozenTrial, verdict: Verdict, pruned: bool = False) -> TrialState:

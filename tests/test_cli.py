@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from mlflow.exceptions import MlflowException
+from optuna.exceptions import StorageInternalError
 
 from cluster import cli, commands, dispatch, driver
 from cluster.arguments import parse_axes
@@ -194,6 +195,7 @@ def test_every_command_is_there_and_help_waits_for_none_of_them():
     ("error", "line"),
     [
         (BrokenOffError("no node; the same command goes on"), "headway: no node; the same command goes on\n"),
+        (StorageInternalError("a commit"), "headway: the study's database: a commit; the same command goes on later\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/x"),
             "headway: [Errno 28] No space left on device: '/x'; the same command goes on once that is mended\n",

@@ -19,12 +19,14 @@ import numpy as np
 import optuna
 import pytest
 from mlflow.exceptions import MlflowException
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from rich.console import Console
 
 from cluster import dispatch, search_results, tracking, trial
 from cluster import search as searches
 from cluster import searcher as searching
+from cluster import store as stores
 from cluster.analysis import analyze_member
 from cluster.arguments import parse, sweep_form
 from cluster.commands import status_command
@@ -333,6 +335,46 @@ def test_equal_points_are_trained_once_whether_at_work_or_done():
     assert finished(study) == 9
     assert len(bench.begun) == 2
     assert {(one.params["train.batch_size"], one.value) for one in study.trials} == {(16, 16.0), (32, 32.0)}
+
+
+class Away(optuna.storages.InMemoryStorage):
+    """A study's database that refuses every third write, or all of them."""
+
+    writes, gone = 0, False
+
+    def _refuse(self):
+        self.writes += 1
+        if self.gone or self.writes % 3 == 0:
+            raise StorageInternalError("An exception is raised during the commit.") from OSError("the server closed")
+
+    def create_new_trial(self, *args, **named):
+        self._refuse()
+        return super().create_new_trial(*args, **named)
+
+    def set_trial_state_values(self, *args, **named):
+        self._refuse()
+        return super().set_trial_state_values(*args, **named)
+
+    def set_trial_intermediate_value(self, *args, **named):
+        raise StorageInternalError("no report is taken")
+
+
+def test_a_database_that_is_away_for_a_moment_costs_no_point(monkeypatch):
+    monkeypatch.setattr(stores, "PAUSE", 0.001)
+    storage, bench = Away(), Bench()
+    study = optuna.create_study(study_name="s", storage=storage, sampler=make_sampler("random", 3, 0))
+    searcher, told = searcher_of(study, bench, points=8, patience=5.0)
+    first = searcher.suggest("first")
+    assert not searcher.prune("first", {"validation": 0.5, "step": 10})
+    searcher.on_trial_complete("first")
+    tune(searcher)
+    assert (finished(study), len(bench.begun), sorted(told)) == (8, 8, list(range(8)))
+    assert json.dumps(bench.begun[0]) == first["point"]
+    assert storage.writes > 16
+    storage.gone = True
+    searcher, _ = searcher_of(study, bench, points=9, patience=0.01)
+    with pytest.raises(tracking.BrokenOffError, match=r"database has taken nothing for 0 s \(the server closed\)"):
+        searcher.suggest("last")
 
 
 def test_a_ledger_that_is_away_for_a_moment_costs_no_point(monkeypatch):
