@@ -19,6 +19,7 @@ import ray
 import torch
 from mlflow import MlflowClient
 from ray import tune
+from ray.exceptions import RayTaskError
 
 from cluster.curves import Columns, Curves
 from cluster.encoding import decode, encode
@@ -112,10 +113,18 @@ def train_point(config: Mapping[str, Any], context: SearchContext) -> None:
     members = {member.id: member for member in sweep.members()}
     for each in body["packs"]:
         pack = Pack(members=tuple(members[name] for name in each["members"]), start=each["start"])
+        place = Place(**body["place"])
+        try:
+            arrays = ray.get(context.shelf.find.remote(pack.config))[0]
+        except RayTaskError as error:  # it would fail as often as it is tried
+            runs = MemberRuns(place, pack, "", context.patience)
+            give_up(runs, pack, f"its examples cannot be made: {error.cause}")
+            runs.close()
+            return
         own = TrialContext(
             packs=(pack,),
-            pools={pool_name(pack.config): ray.get(context.shelf.find.remote(pack.config))[0]},
-            place=Place(**body["place"]),
+            pools={pool_name(pack.config): arrays},
+            place=place,
             store=body["store"],
             pace=context.pace,
             gpus=context.gpus,
@@ -148,8 +157,7 @@ def train_here(pack: Pack, context: TrialContext) -> None:
         except OSError as error:  # not even a count of failures can be kept: Tune would try again and again
             cause = f"nothing can be written beside the checkpoints: {error}"
         if cause is not None:
-            runs.fail(cause)
-            Report(pack=pack.id, step=pack.start, failed=cause).send()
+            give_up(runs, pack, cause)
             return
         if device == "cuda":
             torch.cuda.set_per_process_memory_fraction(min(1.0, context.gpus))
@@ -166,6 +174,12 @@ def train_here(pack: Pack, context: TrialContext) -> None:
         raise
     finally:
         runs.abandon()
+
+
+def give_up(runs: MemberRuns, pack: Pack, cause: str) -> None:
+    """End a pack's members as FAILED, and tell the driver."""
+    runs.fail(cause)
+    Report(pack=pack.id, step=pack.start, failed=cause).send()
 
 
 def unsettled(pack: Pack, context: TrialContext) -> Pack:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 
 from cluster import dispatch, driver, tracking, trial
 from cluster import store as stores
@@ -83,6 +84,18 @@ def test_a_pack_goes_from_the_pool_to_the_ledger(worker):
     assert worker.files.names(ATTEMPTS) == []
     run = worker.runs()[0]
     assert len(worker.client.get_metric_history(run.info.run_id, "validation_loss")) == len(SWEEP.probe.steps(14))
+
+
+def test_a_point_whose_examples_cannot_be_made_is_failed_by_its_own_cause(worker, monkeypatch):
+    """At once: it would fail as often as it is tried."""
+    error = RayTaskError("find", "", ValueError("box.n: 90 is not allowed; boxes jammed"))
+    monkeypatch.setattr(trial.ray, "get", lambda reference: (_ for _ in ()).throw(error))
+    shelf = SimpleNamespace(find=SimpleNamespace(remote=lambda config: None))
+    context = trial.SearchContext(shelf=shelf, pace=Pace())
+    trial.train_point(trial.point_config(SWEEP, [PACK], worker.ledger.place, "nowhere"), context)
+    causes = [run.data.tags["cause"] for run in worker.runs() if run.info.status == "FAILED"]
+    assert causes == ["its examples cannot be made: box.n: 90 is not allowed; boxes jammed"] * 2
+    assert worker.reports[-1]["failed"] == causes[0]
 
 
 class Full(FolderStore):
