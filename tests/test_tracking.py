@@ -429,9 +429,7 @@ def test_a_password_goes_to_the_server_and_into_no_link(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(
-        TrackingError, match=r"'http://me:\.\.\.@127.0.0.1:.*' cannot be opened"
-    ):  # no more than healthy
+    with pytest.raises(TrackingError, match=r"'http://me:\.\.\.@127.0.0.1:.*' cannot be opened"):
         tracking.connect(f"http://me:p%40ss@127.0.0.1:{server.server_port}/")
     server.shutdown()
     server.server_close()

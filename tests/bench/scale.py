@@ -252,6 +252,8 @@ def overhead_row(options: argparse.Namespace, folder: Path) -> dict[str, object]
     if outcome.failed or outcome.trained != own.members or times.troubles:
         raise RuntimeError(f"{outcome.trained} of {own.members} members were trained; {'; '.join(times.troubles)}")
     spent = [json.loads(path.read_text()) for path in out.glob("*/spent/*.json")]
+    if len(spent) != len(times.cut):
+        raise RuntimeError(f"{len(spent)} notes of {len(times.cut)} packs")
     total = {name: sum(each[name] for each in spent) / workers for name in spent[0]}
     spans = list(run_spans(outcome.place, times.cut, time.time() - (ended - times.packed)))
     begins, ends = (sorted(edge) for edge in zip(*spans, strict=True))
