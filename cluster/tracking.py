@@ -38,6 +38,7 @@ from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException, RestException
 
 from cluster.encoding import encode
+from cluster.store import insist
 from cluster.sweep import Sweep
 from sim import system_name
 
@@ -129,16 +130,12 @@ def patiently(call: Callable[[], Result], uri: str, patience: float) -> Result:
 
     BrokenOffError once no server has answered for so many seconds. Other errors, and those of other stores, are raised.
     """
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return call()
-        except (MlflowException, OSError) as error:
-            if not is_outage(error, uri):
-                raise
-            if time.monotonic() > deadline:
-                raise silent(uri, patience) from error
-            time.sleep(1.0)
+    try:
+        return insist(call, lambda error: patience if is_outage(error, uri) else 0.0, (MlflowException, OSError))
+    except (MlflowException, OSError) as error:
+        if is_outage(error, uri):
+            raise silent(uri, patience) from error
+        raise
 
 
 def is_outage(error: Exception, uri: str) -> bool:
