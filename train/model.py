@@ -26,6 +26,7 @@ from train.config import ModelConfig, Optimizer
 Parameters = Mapping[str, Tensor]
 Role = Literal["input", "hidden", "output", "vector", "constant"]
 
+EPSILON = 1e-5  # that of a norm
 HIDDEN_LOGIT = -1e30  # exp underflows to exactly 0 beside any visible key, and a row without one stays finite
 
 
@@ -124,7 +125,7 @@ def _affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(shift[:, None, None], F.layer_norm(x, x.shape[-1:]), scale[:, None, None])
+    return torch.addcmul(shift[:, None, None], F.layer_norm(x, x.shape[-1:], eps=EPSILON), scale[:, None, None])
 
 
 def visible_keys(batch: Batch) -> Tensor | None:
@@ -154,39 +155,52 @@ def _split(heads: Tensor, H: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-class _Attention(torch.autograd.Function):
-    """softmax(scale q k^T) v over all tokens, by `heads [S, B, N, 3 H d]`: what is read, `[S, B, N, H d]`.
+def attend(heads: Tensor, hidden: Tensor | None, H: int, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """softmax(scale q k^T) v over all tokens, by `heads [S, B, N, 3 H d]`: what is read, `[S, B, N, H d]`, and what
+    `attend_backward` needs.
 
     The same as `attention_pattern` and `mix_values`, with a backward pass that copies half as much. Spelt out and not
-    torch's scaled-dot-product kernel, which takes about twice as long at 16 tokens on a CPU. First derivatives only.
+    torch's scaled-dot-product kernel, which takes about twice as long at 16 tokens on a CPU.
     """
+    q, k, v = (part.flatten(0, 2) for part in _split(heads, H))
+    logits = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+    shape = (*heads.shape[:2], H, heads.shape[2], -1)
+    if hidden is not None:
+        logits.view(shape).masked_fill_(hidden, HIDDEN_LOGIT)
+    pattern = torch.softmax(logits, dim=-1).to(q.dtype)
+    return torch.bmm(pattern, v).view(shape).transpose(2, 3).flatten(3), (q, k, v, pattern)
+
+
+def attend_backward(gradient: Tensor, hidden: Tensor | None, H: int, scale: float, kept: tuple[Tensor, ...]) -> Tensor:
+    """Gradient by the heads of `attend`, `[S, B, N, 3 H d]`, from that by what is read, `[S, B, N, H d]`."""
+    q, k, v, pattern = kept
+    S, B, N, _ = gradient.shape
+    read = gradient.view(S, B, N, H, -1).transpose(2, 3).reshape_as(q)
+    logits = torch._softmax_backward_data(torch.bmm(read, v.transpose(1, 2)), pattern, -1, pattern.dtype)
+    if hidden is not None:  # a query that sees nothing has a uniform pattern, which no logit moves
+        logits.view(S, B, H, N, -1).masked_fill_(hidden, 0.0)
+    found = torch.empty(3, *q.shape, dtype=q.dtype, device=q.device)
+    torch.baddbmm(q, logits, k, beta=0, alpha=scale, out=found[0])
+    torch.baddbmm(k, logits.transpose(1, 2), q, beta=0, alpha=scale, out=found[1])
+    torch.bmm(pattern.transpose(1, 2), read, out=found[2])
+    return found.view(3, S, B, H, N, -1).permute(1, 2, 4, 0, 3, 5).reshape(S, B, N, -1)
+
+
+class _Attention(torch.autograd.Function):
+    """`attend`, differentiable once."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, hidden: Tensor | None, H: int, scale: float) -> Tensor:
-        q, k, v = (part.flatten(0, 2) for part in _split(heads, H))
-        logits = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-        shape = (*heads.shape[:2], H, heads.shape[2], -1)
-        if hidden is not None:
-            logits.view(shape).masked_fill_(hidden, HIDDEN_LOGIT)
-        pattern = torch.softmax(logits, dim=-1).to(q.dtype)
-        ctx.save_for_backward(q, k, v, pattern, hidden)
-        ctx.scale, ctx.shape = scale, shape
-        return torch.bmm(pattern, v).view(shape).transpose(2, 3).flatten(3)
+        read, kept = attend(heads, hidden, H, scale)
+        ctx.save_for_backward(*kept, hidden)
+        ctx.H, ctx.scale = H, scale
+        return read
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, pattern, hidden = ctx.saved_tensors
-        S, B, H, N, _ = ctx.shape
-        read = gradient.view(S, B, N, H, -1).transpose(2, 3).reshape_as(q)
-        logits = torch._softmax_backward_data(torch.bmm(read, v.transpose(1, 2)), pattern, -1, pattern.dtype)
-        if hidden is not None:  # a query that sees nothing has a uniform pattern, which no logit moves
-            logits.view(ctx.shape).masked_fill_(hidden, 0.0)
-        found = torch.empty(3, *q.shape, dtype=q.dtype, device=q.device)
-        torch.baddbmm(q, logits, k, beta=0, alpha=ctx.scale, out=found[0])
-        torch.baddbmm(k, logits.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=found[1])
-        torch.bmm(pattern.transpose(1, 2), read, out=found[2])
-        return found.view(3, S, B, H, N, -1).permute(1, 2, 4, 0, 3, 5).reshape(S, B, N, -1), None, None, None
+        *kept, hidden = ctx.saved_tensors
+        return attend_backward(gradient, hidden, ctx.H, ctx.scale, tuple(kept)), None, None, None
 
 
 def _at_keys(values: Tensor, keys: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from sim.checks import require
 from sim.system import Batch, System
 from train.config import ModelConfig
 from train.model import (
+    EPSILON,
     HIDDEN_LOGIT,
     Parameters,
     _Attention,
@@ -46,7 +47,6 @@ Weights = Mapping[str, Tensor]
 Run = Callable[[Weights, slice], Tensor]
 
 HEAD = ("Wq", "Wk", "Wv", "Wo")
-EPSILON = 1e-5  # that of a norm
 CPU_TOKENS_AT_ONCE = 1 << 13  # of a few chains: many more fall out of a CPU's cache
 TOKENS_AT_ONCE = 1 << 19  # elsewhere: some GB at width 32
 CHAINS_AT_ONCE = 64  # of a profile, each with a copy of its member's fixed weights

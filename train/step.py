@@ -16,6 +16,7 @@ from sim.generator import Generator
 from sim.system import Batch, Rows, System
 from train.compiled import compiled_forward
 from train.config import ModelConfig, Precision, TrainConfig
+from train.gradient import Gradient
 from train.model import Parameters, TensorSpec, forward
 from train.neighbours import draw
 from train.state import State, unflatten
@@ -68,7 +69,9 @@ class Part:
         weights = self.state.weights
         self.parameters = {name: view.requires_grad_() for name, view in unflatten(weights, task.specs).items()}
         self.gradient = torch.zeros_like(weights)
-        self.gradients = list(unflatten(self.gradient, task.specs).values())
+        self.gradients = unflatten(self.gradient, task.specs)
+        by_autograd = task.train.compiled or task.train.precision == "bf16"
+        self.spelt_out = None if by_autograd else Gradient(task.model, self.parameters, self.gradients)
         self.frozen = bool((state.diverged >= 0).any())
         self.by_rows = weights.device.type == "cpu" and task.rate is None and weights.shape[1] >= LONG_ROW
         self.direction = weights.new_zeros(0 if self.by_rows else len(weights), weights.shape[1])
@@ -86,11 +89,18 @@ class Part:
         task = self.task
         batch = draw(task.system, task.model, task.rows.take(index), noise)
         with arithmetic(task.train.precision, index.device):
-            loss = task.system.loss(task.predict(self.parameters, batch), batch).mean(-1)
-            found = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
+            loss = self._differentiate(batch)
         with torch.no_grad():
-            torch._foreach_copy_(self.gradients, found)
-            self._update(step, loss.detach())
+            self._update(step, loss)
+
+    def _differentiate(self, batch: Batch) -> Tensor:
+        """Mean loss of each member, `[S]`; its gradient is left in the buffer."""
+        if self.spelt_out is not None and batch.keys is None:
+            return self.spelt_out.of(self.task.system.loss, batch)
+        loss = self.task.system.loss(self.task.predict(self.parameters, batch), batch).mean(-1)
+        found = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
+        torch._foreach_copy_(list(self.gradients.values()), found)
+        return loss.detach()
 
     def _update(self, step: Tensor, loss: Tensor) -> None:
         state, gradient = self.state, self.gradient
