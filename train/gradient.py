@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sim.system import Batch
 from train.config import ModelConfig
-from train.model import EPSILON, Parameters, attend, attend_backward, visible_keys
+from train.model import EPSILON, Parameters, attend, attend_backward, inputs_of, visible_keys
 
 aten = torch.ops.aten
 Tape: TypeAlias = list[tuple[Any, ...]]
@@ -168,17 +168,16 @@ class Gradient:
     @torch.no_grad()
     def of(self, loss: Callable[[Tensor, Batch], Tensor], batch: Batch) -> Tensor:
         """Mean loss of each member, `[S]`, by the loss of each example `[S, B]` that `loss` makes of predictions."""
-        S = len(self.embed.W)
-        inputs = batch.inputs if batch.inputs.dim() == 4 else batch.inputs.expand(S, *batch.inputs.shape)
-        tokens, visible = inputs.shape[2], visible_keys(batch)
+        inputs, visible = inputs_of(batch, self.embed.W), visible_keys(batch)
+        S, B, N, _ = inputs.shape
         hidden = None if visible is None else ~visible.unsqueeze(-3)
         tape: Tape = []
-        x = self.embed.forward(inputs.to(self.embed.W.dtype).reshape(S, -1, inputs.shape[3]), tape)
+        x = self.embed.forward(inputs.reshape(S, B * N, -1), tape)
         for layer in self.layers:
-            x = layer.forward(x, tape, tokens, hidden)
+            x = layer.forward(x, tape, N, hidden)
         prediction = self.unembed.forward(self.norm.forward(x, tape), tape)
         with torch.enable_grad():
-            leaf = prediction.view(*inputs.shape[:3], -1).requires_grad_()
+            leaf = prediction.view(S, B, N, -1).requires_grad_()
             losses = loss(leaf, batch).mean(-1)
             (found,) = torch.autograd.grad(losses.sum(), [leaf])
         found = self.norm.backward(self.unembed.backward(found.view_as(prediction), tape), tape)

@@ -141,11 +141,17 @@ def visible_keys(batch: Batch) -> Tensor | None:
     return visible
 
 
-def embed(parameters: Parameters, batch: Batch) -> Tensor:
-    """Residual stream `[S, B, N, D]` before the first layer. Inputs without a member axis are shared by all."""
-    W = parameters["embed.W"]
+def inputs_of(batch: Batch, W: Tensor) -> Tensor:
+    """The batch's inputs `[S, B, N, d_in]` as the weights `W [S, d_in, D]` take them; without a member axis all share
+    them."""
     inputs = batch.inputs if batch.inputs.dim() == 4 else batch.inputs.expand(len(W), *batch.inputs.shape)
-    return _affine(inputs.to(W.dtype), W, parameters["embed.b"])
+    return inputs.to(W.dtype)
+
+
+def embed(parameters: Parameters, batch: Batch) -> Tensor:
+    """Residual stream `[S, B, N, D]` before the first layer."""
+    W = parameters["embed.W"]
+    return _affine(inputs_of(batch, W), W, parameters["embed.b"])
 
 
 def _split(heads: Tensor, H: int) -> tuple[Tensor, Tensor, Tensor]:
