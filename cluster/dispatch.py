@@ -26,6 +26,7 @@ import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.pack import pool_arrays
 from cluster.sizing import Room
@@ -126,14 +127,24 @@ def slots_on(node: Mapping[str, float], resources: Mapping[str, float]) -> int:
 
 
 def find_room(resources: Mapping[str, float]) -> Room:
-    """The room for packs: memory of the smallest of the nodes' places; of a GPU what one worker finds free."""
+    """The room for packs: memory of the smallest of the nodes' places; of GPUs what workers find free on each node."""
+    if resources.get("GPU") and (rooms := [room for room in _gpu_rooms(resources) if room.device == "cuda"]):
+        return min(rooms, key=lambda room: room.memory)
     places = [(node.get("memory"), slots_on(node, resources)) for node in nodes()]
     known = [memory / count for memory, count in places if count and memory is not None]
-    if gpus := resources.get("GPU", 0.0):
-        room: Room = ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_gpu_room).remote(gpus))
-        if room.device == "cuda":
-            return room
     return Room(device="cpu", memory=int(min(known))) if known else Room.here(slots(resources), gpus=0)
+
+
+def _gpu_rooms(resources: Mapping[str, float]) -> list[Room]:
+    """What a worker finds on each node that has room for one; waits for GPUs that are in use."""
+    gpus, rooms = resources["GPU"], []
+    task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_gpu_room)
+    for node in alive():
+        if slots_on(node["Resources"], resources):
+            there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=True)  # elsewhere, should it be lost
+            rooms.append(task.options(scheduling_strategy=there).remote(gpus))
+    found: list[Room] = ray.get(rooms)
+    return found
 
 
 def _gpu_room(gpus: float) -> Room:

@@ -141,19 +141,42 @@ def test_the_dry_run_tells_sizes_and_reasons(capsys, tmp_path, monkeypatch):
     assert "a worker takes 0.5 GB before that, and has" in told
 
 
-@pytest.mark.parametrize("seen", [Room(device="cuda", memory=GIB), Room(device="cpu", memory=7)])
-def test_gpus_are_asked_for_their_free_memory(monkeypatch, seen):
+CUDA, CPU = Room(device="cuda", memory=3 * GIB), Room(device="cpu", memory=7)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"a": CUDA, "b": Room(device="cuda", memory=GIB)}, Room(device="cuda", memory=GIB)),
+        ({"a": CUDA, "b": CPU}, CUDA),
+        ({"a": CPU, "b": CPU}, Room(device="cpu", memory=GIB)),  # GPUs in name only
+    ],
+)
+def test_the_gpus_of_every_node_are_asked_for_their_free_memory(monkeypatch, found, expected):
     asked = []
 
-    def remote(**options):
-        asked.append(options)
-        return lambda work: SimpleNamespace(remote=lambda gpus: seen)
+    class Task:
+        def __init__(self, **options):
+            self.wanted = options
 
-    monkeypatch.setattr(dispatch, "nodes", lambda: [{"CPU": 4.0, "GPU": 1.0, "memory": 4.0 * GIB}])
-    monkeypatch.setattr(dispatch, "ray", SimpleNamespace(remote=remote, get=lambda value: value))
-    found = dispatch.find_room({"CPU": 1.0, "GPU": 0.25})
-    assert asked[0]["num_gpus"] == 0.25
-    assert found == (seen if seen.device == "cuda" else Room(device="cpu", memory=GIB))  # a GPU in name only
+        def __call__(self, work):
+            return self
+
+        def options(self, scheduling_strategy):
+            self.node = scheduling_strategy.node_id[0]
+            return self
+
+        def remote(self, gpus):
+            asked.append((self.node, self.wanted["num_gpus"], gpus))
+            return found[self.node]
+
+    with_gpu = {"CPU": 4.0, "GPU": 1.0, "memory": 4.0 * GIB}
+    nodes = [{"NodeID": 56 * name, "Alive": True, "Resources": with_gpu} for name in "ab"]
+    nodes += [{"NodeID": "head", "Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False}]
+    ray = SimpleNamespace(remote=Task, get=lambda value: value, nodes=lambda: nodes)
+    monkeypatch.setattr(dispatch, "ray", ray)
+    assert dispatch.find_room({"CPU": 1.0, "GPU": 0.25}) == expected
+    assert asked == [("a", 0.25, 0.25), ("b", 0.25, 0.25)]
 
 
 def test_tf32_needs_a_gpu():
