@@ -22,14 +22,14 @@ from cluster.analysis import Analysis
 from cluster.dispatch import alive, find_room, make_pools, ray_cluster, run_packs, settle_resources, slots
 from cluster.geometry import with_tables
 from cluster.nodes import Newcomers
-from cluster.pack import Pace, warn
+from cluster.pack import Pace, drop_checkpoints, warn
 from cluster.rehearsal import rehearse
 from cluster.report import MemberData, require_replaceable, write_report
 from cluster.sizing import require_computable
 from cluster.store import open_store
 from cluster.sweep import Member, Pack, Sweep, packs, validate, versions
 from cluster.tracking import Ledger, Place
-from cluster.trial import Report, TrialContext, drop_checkpoints, forget_attempts
+from cluster.trial import Report, TrialContext, forget_attempts
 from sim.checks import require
 from sim.generator import Generator
 from train import checkpoint

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -286,6 +286,13 @@ def restore_checkpoint(files: Files, pack: Pack) -> tuple[State, Curves] | None:
     return join(states), Curves.from_arrays(tables.join(parts))
 
 
+def drop_checkpoints(files: Files, settled: Collection[str]) -> None:
+    """Drop checkpoints of which every member is settled."""
+    for manifest in checkpoint.manifests(files, versions(), warn):
+        if all(member in settled for member in manifest.members):
+            checkpoint.remove(files, manifest.name)
+
+
 def only_curves(arrays: Mapping[str, NDArray[np.generic]]) -> tables.Columns:
     """The tables among a checkpoint's arrays."""
     return {name[7:]: value for name, value in arrays.items() if name.startswith("curves/")}
@@ -339,7 +346,8 @@ class FolderSink:
         save_checkpoint(self.files, pack, state, curves)
 
     def finish(self, pack: Pack, curves: Curves, diverged: Sequence[int]) -> None:
-        """`members/ID/...`: curves.npz, figures.npz, weights.npz, config.json, and last member.json."""
+        """`members/ID/...`: curves.npz, figures.npz, weights.npz, config.json, and last member.json. Then the pack's
+        checkpoints go."""
         for index, member in enumerate(pack.members):
             files = member_files(member, index, curves) | {
                 "curves.npz": checkpoint.encode_arrays(curves.head_table(index)),
@@ -348,6 +356,8 @@ class FolderSink:
             }
             for name, content in files.items():
                 self.files.put(f"members/{member.id}/{name}", content)
+        known = (name.removeprefix("members/") for name in self.files.names("members"))
+        drop_checkpoints(self.files, {member for member in known if self.done(member)})
 
 
 def pools(members: Sequence[Pack], device: str) -> Iterator[tuple[Pack, Pool]]:

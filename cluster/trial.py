@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from cluster.pack import (
     Figures,
     Pace,
     build_probes,
+    drop_checkpoints,
     finite_mean,
     member_files,
     restore_checkpoint,
@@ -203,13 +204,6 @@ def progress_of(files: Files, pack: Pack) -> int:
     """Steps of a pack's members on record, added up."""
     latest = checkpoint.latest_steps(checkpoint.manifests(files, versions(), warn))
     return sum(latest.get(member.id, 0) for member in pack.members)
-
-
-def drop_checkpoints(files: Files, settled: Collection[str]) -> None:
-    """Drop checkpoints of which every member is settled."""
-    for manifest in checkpoint.manifests(files, versions(), warn):
-        if all(member in settled for member in manifest.members):
-            checkpoint.remove(files, manifest.name)
 
 
 _kept: dict[tuple[Any, ...], tuple[Pool, tuple[Probe, ...]]] = {}

@@ -16,7 +16,7 @@ from cluster.analysis import Analyst, read_tables
 from cluster.dispatch import find_room, slots
 from cluster.driver import Desk
 from cluster.objectives import Verdict, judge, without_pauses
-from cluster.pack import warn
+from cluster.pack import drop_checkpoints, warn
 from cluster.search_config import Search
 from cluster.searcher import UNTOLD
 from cluster.sizing import Room, require_computable
@@ -24,7 +24,7 @@ from cluster.space import point_of
 from cluster.store import open_store
 from cluster.sweep import Member, Sweep, packs, validate, versions
 from cluster.tracking import PARENT, Ledger, Place
-from cluster.trial import drop_checkpoints, forget_attempts, point_config
+from cluster.trial import forget_attempts, point_config
 from train import checkpoint
 from train.checkpoint import Files
 

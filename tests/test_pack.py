@@ -269,6 +269,19 @@ def test_kept_weights_are_those_that_were_trained(tmp_path, pool, probes):
     assert not sink.done(MEMBERS[2].id)
 
 
+def test_a_folder_keeps_a_checkpoint_until_all_its_members_are_done(tmp_path, pool, probes):
+    sink, pack = FolderSink(tmp_path), Pack(members=MEMBERS[:2])
+    run = PackRun(pack, pool, probes, sink, NEVER)
+    run.trainer.advance()
+    sink.save(pack, run.trainer.state, run.curves)
+    last, first = pack.cut(2)[::-1]  # as where memory runs out
+    for half, left in ((last, 1), (first, 0)):
+        PackRun(half, pool, probes, sink, NEVER).run()
+        assert len(list((tmp_path / "checkpoints").glob("*.npz"))) == left
+        assert all(sink.done(member.id) for member in half.members)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def test_the_bare_command_skips_what_is_done_and_refuses_nonsense(tmp_path, capsys, monkeypatch):
     calls = []
     monkeypatch.setattr("cluster.pack.run_pack", lambda pack, *rest: calls.append(pack))
