@@ -82,7 +82,7 @@ def pack_bytes(config: MemberConfig, members: int, device: Device = "cpu") -> in
     """What a pack takes beside torch itself, about. A CPU works on as many members at a time as its cache holds."""
     active = members * activation_bytes(config)
     if device == "cpu":
-        active = max(CACHE, 2 * activation_bytes(config))
+        active = max(CACHE, activation_bytes(config))
     return active + members * member_bytes(config) + pool_bytes(config)
 
 

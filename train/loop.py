@@ -53,13 +53,13 @@ def shape_of(train: TrainConfig) -> TrainConfig:
 def fitting(system: System, rows: Rows, model: ModelConfig, train: TrainConfig, examples: int | None = None) -> int:
     """How many members should pass that many examples at once (None: a batch) on the device of the rows.
 
-    A CPU is fastest while what they keep for the backward pass stays near its cache, and with at least 2; a GPU while
-    half of its free memory holds it.
+    A CPU is fastest while what they keep for the backward pass stays near its cache; a GPU while half of its free
+    memory holds it.
     """
     each = (examples or train.batch_size) * example_bytes(system, rows, model, train)
     if rows.device.type == "cuda":
         return max(1, free_memory(rows.device) // 2 // each)
-    return min(MEMBERS_AT_ONCE, max(2, CACHE // each))
+    return max(1, min(MEMBERS_AT_ONCE, CACHE // each))
 
 
 def free_memory(device: torch.device) -> int:
