@@ -86,7 +86,10 @@ def sweep_form(default: Sweep) -> tuple[Any, Any]:
             ("axis", Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=AXIS_HELP)], ()),
             (
                 "dry_run",
-                Annotated[bool, tyro.conf.arg(help="Print the plan, measured here, and start nothing.")],
+                Annotated[
+                    bool,
+                    tyro.conf.arg(help="Print the plan for the workers there are, measured here, and start nothing."),
+                ],
                 False,
             ),
         ],

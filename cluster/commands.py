@@ -18,6 +18,7 @@ from rich.table import Table
 from cluster import tracking
 from cluster.analysis import load_analysis, load_sweep_config
 from cluster.arguments import StoreOptions, leading, make_sweep, named, open_named, parse, sweep_form
+from cluster.dispatch import find_room, is_local, ray_cluster, settle_resources, slots
 from cluster.display import Terminal, count, duration, show_plan, width_summary
 from cluster.driver import Outcome, Settings, analyze_again, make_report, run_sweep
 from cluster.plan import make_plan
@@ -80,16 +81,25 @@ def dry_run(sweep: Sweep, settings: Settings, console: Console) -> int:
     if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists():
         client = tracking.connect(uri)
         done = tracking.settled_members(client, uri, sweep)
-    workers, gpus = settings.workers or os.cpu_count() or 1, 1.0 if settings.gpus is None else settings.gpus
-    if gpus > 0 and torch.cuda.is_available():
-        workers = min(workers, max(1, int(torch.cuda.device_count() / gpus)))
-    room = Room.here(workers, gpus)
+    workers, room = places(settings)
     for member in members:
         require_computable(member.config, room.device)
     cut = packs([m for m in members if m.id not in done], workers, settings.pack_size, most=room.most)
     plan = make_plan(cut, workers, len(members) - sum(len(p.members) for p in cut), room)
     show_plan(console, sweep, plan, asked=settings.pack_size)
     return 0
+
+
+def places(settings: Settings) -> tuple[int, Room]:
+    """How many workers take packs at once, and the room of each: of the cluster that is named, else of this machine."""
+    if not is_local(settings.address):
+        with ray_cluster(settings.address):
+            resources = settle_resources(settings.gpus)
+            return slots(resources), find_room(resources)
+    workers, gpus = settings.workers or os.cpu_count() or 1, 1.0 if settings.gpus is None else settings.gpus
+    if gpus > 0 and torch.cuda.is_available():
+        workers = min(workers, max(1, int(torch.cuda.device_count() / gpus)))
+    return workers, Room.here(workers, gpus)
 
 
 def show_outcome(console: Console, sweep: Sweep, settings: Settings, outcome: Outcome) -> None:

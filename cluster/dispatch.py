@@ -64,13 +64,17 @@ class Places:
             )
 
 
+def is_local(address: str | None) -> bool:
+    """Whether neither `address` nor RAY_ADDRESS names a cluster: there is then but one of our own, on this machine."""
+    return address is None and not os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def ray_cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
     """A connection to the cluster at `address` or RAY_ADDRESS, or else a local one of this machine's cores."""
-    local = address is None and not os.environ.get("RAY_ADDRESS")
     environment = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     options: dict[str, Any] = {"address": address or "auto"}
-    if local:  # "local": never a cluster that somebody else has left running on this machine
+    if is_local(address):  # "local": never a cluster that somebody else has left running on this machine
         options = {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_system_config": UNWATCHED}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment}, **options)

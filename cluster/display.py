@@ -196,9 +196,10 @@ def show_plan(console: Console, sweep: Sweep, plan: Plan, asked: int | None = No
             f"kept weights: {each} a member x {count(len(sizes), 'member')}, {size(sum(sizes))} in all, at "
             f"{count(len(at), 'step')}: {', '.join(f'{step:,}' for step in at)}"
         )
+    elsewhere = "" if plan.measured_on == plan.room.device else " on a CPU, where workers have GPUs"
     console.print(
         f"{count(members, 'member')} to train ({plan.done:,} done), {count(len(plan.packs), 'pack')} on "
-        f"{count(plan.workers, 'worker')}: about {duration(plan.seconds)}, measured here on short trials;\n"
+        f"{count(plan.workers, 'worker')}: about {duration(plan.seconds)}, measured here on short trials{elsewhere};\n"
         f"memory of the largest pack {size(plan.memory)} (a worker takes 0.5 GB before that, and has "
         f"{size(plan.room.memory)}), disk {size(plan.disk)}. Nothing was started."
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cluster.pack import PackRun, build_probes, pools
-from cluster.sizing import Room, pack_bytes
+from cluster.sizing import Device, Room, pack_bytes
 from cluster.sweep import Member, MemberConfig, Pack
 from sim import system_name
 from sim.pool import Pool
@@ -41,13 +41,15 @@ class PackCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A sweep's packs and their cost. `workers` run at once, with `room` each; `done` members are in the ledger."""
+    """A sweep's packs and their cost as `measured_on` a device here. `workers` run at once, with `room` each; `done`
+    members are in the ledger."""
 
     packs: tuple[Pack, ...]
     costs: Mapping[str, PackCost]
     workers: int
     done: int
     room: Room
+    measured_on: Device = "cpu"
 
     def reason(self, pack: Pack) -> str:
         """Why a pack is as large as it is."""
@@ -90,14 +92,15 @@ def shape_name(pack: Pack) -> str:
 
 
 def make_plan(packs: Sequence[Pack], workers: int, done: int, room: Room) -> Plan:
-    """Measure one pack of each shape and add up."""
+    """Measure one pack of each shape and add up; on a CPU where the workers' GPUs are not of this machine."""
+    device = room.device if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)  # as on a worker
     shapes = {shape_name(pack): on_trial(pack) for pack in packs}
     costs = {}
-    for trial, pool in pools(list(shapes.values()), room.device):
+    for trial, pool in pools(list(shapes.values()), device):
         name = next(name for name, pack in shapes.items() if pack is trial)
         costs[name] = measure(trial, pool, room)
-    return Plan(packs=tuple(packs), costs=costs, workers=workers, done=done, room=room)
+    return Plan(packs=tuple(packs), costs=costs, workers=workers, done=done, room=room, measured_on=device)
 
 
 def on_trial(pack: Pack) -> Pack:

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mlflow.exceptions import MlflowException
 from optuna.exceptions import StorageInternalError
 
 from cluster import cli, commands, dispatch, driver
 from cluster.arguments import parse_axes
 from cluster.cli import main
+from cluster.sizing import Room
 from cluster.tracking import BrokenOffError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,6 +156,21 @@ def test_a_dry_run_plans_and_starts_nothing(capsys, elsewhere):
     assert "Nothing was started." in said
     assert re.search(r"memory of the largest pack [\d.]+ [kMG]B", said)
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_dry_run_for_gpus_of_another_machine_is_measured_on_a_cpu(capsys, elsewhere, monkeypatch):
+    room, asked = Room(device="cuda", memory=5 << 30), []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(commands, "ray_cluster", lambda address: asked.append(address) or contextlib.nullcontext())
+    for name, found in (("settle_resources", {"GPU": 0.5}), ("slots", 3), ("find_room", room)):
+        monkeypatch.setattr(commands, name, lambda *args, found=found: asked.append(args) or found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["sweep", "tiny", "--dry-run", "--seeds", "3", "--gpus", "0.5", *FEW]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "6 members to train (0 done), 6 packs on 3 workers" in said
+    assert "measured here on short trials on a CPU, where workers have GPUs" in said
+    assert "and has 5.37 GB" in said
+    assert asked == [None, (0.5,), ({"GPU": 0.5},), ({"GPU": 0.5},)]
 
 
 def test_a_request_that_the_cluster_can_never_meet_leaves_nothing(capsys, elsewhere, monkeypatch, blank_store):

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from cluster import jobs, server, tracking
 from cluster import nodes as node_checks
+from cluster.cli import main
 from cluster.driver import Settings
 from cluster.search import storage_url
 from cluster.search_config import parse_search
@@ -542,7 +543,7 @@ def ledger_stub():
 
 
 @pytest.mark.slow
-def test_nodes_of_a_real_cluster_are_asked(elsewhere, monkeypatch):
+def test_nodes_of_a_real_cluster_are_asked(elsewhere, monkeypatch, capsys):
     """Two nodes on this machine: they share its folders, except the one that means another to every process."""
     from ray.cluster_utils import Cluster
 
@@ -554,9 +555,14 @@ def test_nodes_of_a_real_cluster_are_asked(elsewhere, monkeypatch):
     try:
         cluster.add_node(num_cpus=1)
         monkeypatch.chdir(elsewhere / "driver")
+        few = ["--data.rows", "64", "--probe.examples", "16", "--system.box.n", "6", "--tracking-uri", "sqlite:///x.db"]
+        cluster.add_node(num_cpus=3)  # more than this machine may have
+        assert main(["sweep", "tiny", "--dry-run", "--address", cluster.address, "--seeds", "4", *few]) == 0
+        assert "8 packs on 4 workers" in capsys.readouterr().out
+        assert list((elsewhere / "driver").iterdir()) == []
         ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        assert len(nodes) == 2
+        assert len(nodes) == 3
         with ledger_stub() as uri:
             node_checks.require_shared(nodes, Settings(tracking_uri=uri, out=elsewhere / "shared"))
             assert list((elsewhere / "shared").iterdir()) == []
