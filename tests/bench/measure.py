@@ -112,8 +112,10 @@ def timed(call: Call, rounds: int, seconds: float) -> Timing:
 def compare(a: Call, b: Call, rounds: int, seconds: float) -> Comparison:
     """`rounds` times a burst of `a`, then one of `b`, each of about `seconds` and begun by a call that is not timed.
 
-    Taken in turns, so that what slows the machine for a while slows both. Every other round begins with `b`.
+    Taken in turns, so that what slows the machine for a while slows both. Every other round begins with `b`. Where a
+    single call takes longer than that, so do the bursts of both: a machine may be quicker for a moment than it lasts.
     """
+    seconds = max(seconds, burst(a, 1), burst(b, 1))
     counts = calls_within(a, seconds), calls_within(b, seconds)
     found: tuple[list[float], list[float]] = [], []
     for i in range(rounds):
