@@ -81,7 +81,7 @@ def dry_run(sweep: Sweep, settings: Settings, console: Console) -> int:
     if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists():
         client = tracking.connect(uri)
         done = tracking.settled_members(client, uri, sweep)
-    workers, room = places(settings)
+    workers, room = workers_and_room(settings)
     for member in members:
         require_computable(member.config, room.device)
     cut = packs([m for m in members if m.id not in done], workers, settings.pack_size, most=room.most)
@@ -90,7 +90,7 @@ def dry_run(sweep: Sweep, settings: Settings, console: Console) -> int:
     return 0
 
 
-def places(settings: Settings) -> tuple[int, Room]:
+def workers_and_room(settings: Settings) -> tuple[int, Room]:
     """How many workers take packs at once, and the room of each: of the cluster that is named, else of this machine."""
     if not is_local(settings.address):
         with ray_cluster(settings.address):

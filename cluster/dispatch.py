@@ -37,6 +37,7 @@ from sim.checks import require
 
 LOST = "the worker kept failing"
 RETRIES = 100  # of one trial, that a pack may lose many spot machines; where it makes no progress it gives up by itself
+ROOM_WAIT = 30.0  # seconds for a GPU to become free that is to say how much memory it has
 LOOK_EVERY = 1.0  # seconds between looks at whether trials can go on
 
 UNWATCHED = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
@@ -140,14 +141,20 @@ def find_room(resources: Mapping[str, float]) -> Room:
 
 
 def _gpu_rooms(resources: Mapping[str, float]) -> list[Room]:
-    """What a worker finds on each node that has room for one; waits for GPUs that are in use."""
+    """What a worker finds on each node that has room for one. Nodes whose GPUs are in use for longer than `ROOM_WAIT`
+    are left out, but for the first that is free."""
     gpus, rooms = resources["GPU"], []
     task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_gpu_room)
     for node in alive():
         if slots_on(node["Resources"], resources):
             there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=True)  # elsewhere, should it be lost
             rooms.append(task.options(scheduling_strategy=there).remote(gpus))
-    found: list[Room] = ray.get(rooms)
+    done, busy = ray.wait(rooms, num_returns=len(rooms), timeout=ROOM_WAIT)
+    if not done:
+        done, busy = ray.wait(rooms, num_returns=1)
+    for room in busy:
+        ray.cancel(room)
+    found: list[Room] = ray.get(done)
     return found
 
 

@@ -183,7 +183,7 @@ def show_plan(console: Console, sweep: Sweep, plan: Plan, asked: int | None = No
             str(len(alike)),
             str(len(first.members)),
             "--pack-size" if asked is not None else plan.reason(first),
-            str(cost.at_once),
+            "-" if cost.at_once is None else str(cost.at_once),
             *values,
             steps,
             f"{1000 * cost.step:.1f}",

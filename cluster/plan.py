@@ -20,13 +20,13 @@ TRIAL_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackCost:
-    """Seconds of a step and of a round of frequent and costly probes; members that take a step at once; bytes in
-    memory, of a member's artifacts and of a checkpoint."""
+    """Seconds of a step and of a round of frequent and costly probes; members that take a step at once (None: not
+    known here); bytes in memory, of a member's artifacts and of a checkpoint."""
 
     step: float
     probe: float
     sparse: float
-    at_once: int
+    at_once: int | None
     memory: int
     artifacts: int
     checkpoint: int
@@ -96,10 +96,13 @@ def make_plan(packs: Sequence[Pack], workers: int, done: int, room: Room) -> Pla
     device = room.device if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)  # as on a worker
     shapes = {shape_name(pack): on_trial(pack) for pack in packs}
+    tried = {name: pack if device == room.device else stand_in(pack) for name, pack in shapes.items()}
     costs = {}
-    for trial, pool in pools(list(shapes.values()), device):
-        name = next(name for name, pack in shapes.items() if pack is trial)
-        costs[name] = measure(trial, pool, room)
+    for trial, pool in pools(list(tried.values()), device):
+        name = next(name for name, pack in tried.items() if pack is trial)
+        whole = shapes[name]
+        cost = measure(trial, pool, pack_bytes(whole.config, len(whole.members), room.device))
+        costs[name] = cost if trial is whole else scaled(cost, len(whole.members) / len(trial.members))
     return Plan(packs=tuple(packs), costs=costs, workers=workers, done=done, room=room, measured_on=device)
 
 
@@ -110,6 +113,27 @@ def on_trial(pack: Pack) -> Pack:
         return replace(member, config=replace(member.config, data=replace(member.config.data, rows=TRIAL_ROWS)))
 
     return Pack(members=tuple(map(shrink, pack.members)))
+
+
+def stand_in(pack: Pack) -> Pack:
+    """As many of a pack's members as a CPU here takes at once, to be trained eagerly: it may have no compiler."""
+
+    def eager(member: Member) -> Member:
+        return replace(member, config=replace(member.config, train=replace(member.config.train, compiled=False)))
+
+    return Pack(members=tuple(map(eager, pack.members[: Room.here(gpus=0).most(pack.config)])))
+
+
+def scaled(cost: PackCost, times: float) -> PackCost:
+    """The cost of a pack so many times as large, elsewhere."""
+    return replace(
+        cost,
+        step=times * cost.step,
+        probe=times * cost.probe,
+        sparse=times * cost.sparse,
+        at_once=None,
+        checkpoint=round(times * cost.checkpoint),
+    )
 
 
 class Nowhere:
@@ -131,8 +155,9 @@ class Nowhere:
         """Nothing."""
 
 
-def measure(pack: Pack, pool: Pool, room: Room) -> PackCost:
-    """Cost of a pack from a few steps. The sizes of tables follow from their shapes."""
+def measure(pack: Pack, pool: Pool, memory: int) -> PackCost:
+    """Cost of a pack from a few steps, where the pool lies; `memory` is known. The sizes of tables follow from their
+    shapes."""
     run = PackRun(pack, pool, build_probes(pack.config, pool), Nowhere())
     for _ in range(WARM):
         run.trainer.advance()
@@ -145,7 +170,7 @@ def measure(pack: Pack, pool: Pool, room: Room) -> PackCost:
         step=step,
         probe=_seconds(run, sparse=False),
         sparse=_seconds(run, sparse=True),
-        memory=pack_bytes(pack.config, len(pack.members), room.device),
+        memory=memory,
         at_once=max(cut.stop - cut.start for cut in run.trainer.cuts),
         artifacts=artifacts,
         checkpoint=3 * run.trainer.state.weights.nbytes + artifacts * len(pack.members),

@@ -25,13 +25,14 @@ CONFIGS = {
         width=12, layers=2, heads=2, splitting="strang", attention_residual=0.7, feedforward_residual=1.1
     ),
     "wide": ModelConfig(width=96, layers=2, heads=4),
+    "heads of one number": ModelConfig(width=8, layers=2, heads=8),
 }
 
 
-def setting(config, members=S, dtype=torch.float32):
+def setting(config, members=S, dtype=torch.float32, d_in=D_IN, d_out=D_OUT):
     """Named parameters no vector of which is at its start, in one flat tensor as in training, and its gradient's."""
-    specs = tensor_specs(config, D_IN, D_OUT)
-    named = initial(config, D_IN, D_OUT, Generator.stack(range(members)), torch.float64)
+    specs = tensor_specs(config, d_in, d_out)
+    named = initial(config, d_in, d_out, Generator.stack(range(members)), torch.float64)
     noise = Generator.stack(range(members)).fold("noise")
     named = {name: value + 0.3 * noise.fold(name).normal(*value.shape[1:]).double() for name, value in named.items()}
     weights = flatten(named, specs).to(dtype)
@@ -39,11 +40,11 @@ def setting(config, members=S, dtype=torch.float32):
     return unflatten(weights, specs), unflatten(gradient, specs)
 
 
-def batch_of(kind, dtype=torch.float32):
+def batch_of(kind, dtype=torch.float32, members=S, d_in=D_IN, d_out=D_OUT):
     g = torch.Generator().manual_seed(1)
-    lead = (B,) if kind == "shared" else (S, B)
-    inputs = torch.randn(*lead, N, D_IN, generator=g, dtype=torch.float64).to(dtype)
-    targets = torch.randn(*lead, N, D_OUT, generator=g, dtype=torch.float64).to(dtype)
+    lead = (B,) if kind == "shared" else (members, B)
+    inputs = torch.randn(*lead, N, d_in, generator=g, dtype=torch.float64).to(dtype)
+    targets = torch.randn(*lead, N, d_out, generator=g, dtype=torch.float64).to(dtype)
     mask = torch.arange(N) < torch.randint(1, N + 1, (*lead, 1), generator=g) if kind == "masked" else None
     allowed = torch.rand(*lead, N, N, generator=g) < 0.5 if kind == "allowed" else None
     if allowed is not None:
@@ -51,9 +52,9 @@ def batch_of(kind, dtype=torch.float32):
     return Batch(inputs=inputs, targets=targets, mask=mask, allowed=allowed)
 
 
-def by_autograd(config, parameters, batch):
+def by_autograd(config, parameters, batch, loss_of=mean_square_loss):
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    loss = mean_square_loss(forward(leaves, config, batch), batch).mean(-1)
+    loss = loss_of(forward(leaves, config, batch), batch).mean(-1)
     return loss.detach(), dict(zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True))
 
 
@@ -70,6 +71,60 @@ def test_loss_and_gradient_are_autograds_bit_for_bit(config, dtype, kind):
     for name, gradient in gradients.items():
         assert torch.equal(gradient, expected[name]), name
         assert gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize(("d_in", "d_out"), [(1, 1), (1, 4), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_bits_are_autograds_for_one_number_a_token_and_one_member(dtype, d_in, d_out, members):
+    config = CONFIGS["lie"]
+    parameters, gradients = setting(config, members, dtype, d_in, d_out)
+    batch = batch_of("own", dtype, members, d_in, d_out)
+    Gradient(config, parameters, gradients).of(mean_square_loss, batch)
+    expected = by_autograd(config, parameters, batch)[1]
+    assert all(torch.equal(gradients[name], expected[name]) for name in gradients)
+
+
+def contrast(prediction, batch):
+    return torch.einsum("sbnc,sbnc->sb", prediction, batch.targets)
+
+
+def turned(prediction, batch):
+    return (prediction.transpose(-1, -2) @ batch.targets).square().sum((-1, -2))
+
+
+def total(prediction, batch):
+    return prediction.sum((-1, -2))
+
+
+def in_place(prediction, batch):
+    return prediction.sub_(batch.targets).square().mean((-1, -2))
+
+
+def log_loss(prediction, batch):
+    return -(prediction.log_softmax(-1) * batch.targets.softmax(-1)).sum(-1).mean(-1)
+
+
+@pytest.mark.parametrize("loss", [contrast, turned, total, in_place, log_loss])
+@pytest.mark.parametrize("d_out", [1, D_OUT])
+def test_bits_are_autograds_whatever_the_loss_does_with_predictions(loss, d_out):
+    config, batch = CONFIGS["lie"], batch_of("own", d_out=d_out)
+    parameters, gradients = setting(config, d_out=d_out)
+    found = Gradient(config, parameters, gradients).of(loss, batch)
+    expected_loss, expected = by_autograd(config, parameters, batch, loss)
+    assert torch.equal(found, expected_loss)
+    for name, gradient in gradients.items():
+        if d_out == 1:  # how a loss lays out its gradient then reaches the order of autograd's sums
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(gradient, expected[name]), name
+
+
+def test_keys_are_refused():
+    config = CONFIGS["lie"]
+    batch = dataclasses.replace(batch_of("own"), keys=torch.zeros(S, B, N, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"batch.keys: 'a tensor' is not allowed; it must be None, for all tokens"):
+        Gradient(config, *setting(config)).of(mean_square_loss, batch)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -124,6 +179,8 @@ LOCAL = ModelConfig(width=8, layers=2, heads=2, attention="local", neighbours=3)
         (CONFIGS["lie"], {}, True),
         (CONFIGS["lie"], {"precision": "float64"}, True),
         (CONFIGS["lie"], {"precision": "bf16"}, False),
+        (CONFIGS["lie"], {"precision": "tf32"}, True),
+        (CONFIGS["lie"], {"compiled": True}, False),
         (LOCAL, {}, False),
         (dataclasses.replace(LOCAL, neighbours=99), {}, True),  # as many as there are: all tokens see all
     ],

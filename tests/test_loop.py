@@ -63,6 +63,10 @@ def test_probe_steps():
         (NOISED, dataclasses.replace(MODEL, splitting="strang"), TRAIN),
         (NOISED, dataclasses.replace(MODEL, attention="local", neighbours=3), TRAIN),
         (MASKED, ModelConfig(width=32, attention="local", neighbours=4), dataclasses.replace(TRAIN, batch_size=32)),
+        (MaskedToy(d=1), MODEL, dataclasses.replace(TRAIN, batch_size=16)),  # one number a token, in and out
+        (NoisedToy(d=1), MODEL, dataclasses.replace(TRAIN, batch_size=16, precision="float64")),
+        (NoisedToy(d=1, n=16), ModelConfig(width=32), dataclasses.replace(TRAIN, batch_size=8)),
+        (NOISED, ModelConfig(width=8, heads=8), TRAIN),  # one number a head
     ],
 )
 def test_a_member_follows_the_same_path_in_any_company(system, model, train):

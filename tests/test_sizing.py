@@ -1,15 +1,18 @@
 """Sizes of packs: estimates against what tensors really take, and the bounds that follow from them."""
 
 import dataclasses
+import gc
+import time
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
-from cluster import dispatch
+from cluster import dispatch, plan
 from cluster.cli import main
 from cluster.pack import PackRun, build_probes, make_pool
-from cluster.plan import Plan
+from cluster.plan import PackCost, Plan
 from cluster.sizing import (
     MOST,
     SAFE,
@@ -20,7 +23,7 @@ from cluster.sizing import (
     pack_bytes,
     require_computable,
 )
-from cluster.sweep import DataConfig, Sweep, packs, validate
+from cluster.sweep import DataConfig, Pack, Sweep, packs, validate
 from sim.pool import Pool
 from sim.system import Batch
 from tests.test_pack import MEMBERS, Memory
@@ -33,7 +36,7 @@ GIB = 1 << 30
 CONFIG = Sweep(name="s").members()[0].config
 
 
-def kept_bytes(trainer, batch):
+def kept_by_autograd(trainer, batch):
     """What autograd really keeps of one forward pass and loss, beside the parameters: each storage once."""
     kept = {}
 
@@ -47,6 +50,25 @@ def kept_bytes(trainer, batch):
         loss = trainer.system.loss(forward(parameters, trainer.model, batch), batch).sum()
     del loss
     return sum(size for place, size in kept.items() if place != trainer.state.weights.untyped_storage().data_ptr())
+
+
+def storages():
+    """Bytes of all tensors that are alive, by where they lie."""
+    gc.collect()
+    alive = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in alive}
+
+
+def kept_by_tape(trainer, batch):
+    """What is there between the passes of the gradient that is spelt out and was not before."""
+    before, kept = storages(), {}
+
+    def loss(prediction, batch):
+        kept.update({place: size for place, size in storages().items() if place not in before})
+        return trainer.system.loss(prediction, batch)
+
+    trainer.parts[0].spelt_out.of(loss, batch)
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize(
@@ -64,11 +86,12 @@ def test_activations_are_estimated_to_a_quarter(model, batch_size, precision):
     trainer = Trainer(config.system, rows, model, [train] * 3, [1, 2, 3], chunk=3)
     batch = config.system.draw(rows.take(torch.zeros(3, batch_size, dtype=torch.int64)), None)
     batch = Batch(inputs=batch.inputs, targets=batch.targets)
-    assert 3 * activation_bytes(config) == pytest.approx(kept_bytes(trainer, batch), rel=0.25)
+    for kept in (kept_by_tape, kept_by_autograd):
+        assert 3 * activation_bytes(config) == pytest.approx(kept(trainer, batch), rel=0.25)
     nearest = torch.randint(16, (3, batch_size, 16, 5), generator=torch.Generator().manual_seed(0))
     local = dataclasses.replace(batch, keys=nearest)
     estimate = 3 * batch_size * activations(model, 16, 5) * train.dtype.itemsize
-    assert estimate == pytest.approx(kept_bytes(trainer, local), rel=0.25)
+    assert estimate == pytest.approx(kept_by_autograd(trainer, local), rel=0.25)
 
 
 def test_a_member_takes_at_least_its_tensors():
@@ -129,6 +152,25 @@ def test_rooms_are_found_by_node(monkeypatch):
     assert here.memory == pytest.approx(available_memory() / 4, rel=0.2)
 
 
+def test_a_plan_for_gpus_that_are_not_here_is_measured_on_as_few_as_a_cpu_takes(monkeypatch):
+    few = dataclasses.replace(CONFIG, data=DataConfig(rows=16, validation_rows=8), train=TrainConfig(compiled=True))
+    one = dataclasses.replace(MEMBERS[0], config=few)
+    members = tuple(dataclasses.replace(one, id=f"{i:016x}") for i in range(40))
+    cost = PackCost(step=1.0, probe=2.0, sparse=3.0, at_once=8, memory=7, artifacts=11, checkpoint=1000)
+    tried = []
+    monkeypatch.setattr(plan, "measure", lambda pack, pool, memory: tried.append(pack) or cost)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = plan.make_plan([Pack(members=members)], 1, 0, Room(device="cuda", memory=70 * GIB))
+    assert len(tried[0].members) == MOST["cpu"] == 32
+    assert not any(member.config.train.compiled for member in tried[0].members)
+    expected = dataclasses.replace(cost, step=1.25, probe=2.5, sparse=3.75, at_once=None, checkpoint=1250)
+    assert list(found.costs.values()) == [expected]
+    assert found.measured_on == "cpu"
+    here = plan.make_plan([Pack(members=members)], 1, 0, Room(device="cpu", memory=70 * GIB))
+    assert tried[1].members[0].config.train.compiled
+    assert (len(tried[1].members), list(here.costs.values())) == (40, [cost])
+
+
 def test_the_dry_run_tells_sizes_and_reasons(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     uri = f"sqlite:///{tmp_path}/x.db"
@@ -173,10 +215,33 @@ def test_the_gpus_of_every_node_are_asked_for_their_free_memory(monkeypatch, fou
     with_gpu = {"CPU": 4.0, "GPU": 1.0, "memory": 4.0 * GIB}
     nodes = [{"NodeID": 56 * name, "Alive": True, "Resources": with_gpu} for name in "ab"]
     nodes += [{"NodeID": "head", "Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False}]
-    ray = SimpleNamespace(remote=Task, get=lambda value: value, nodes=lambda: nodes)
+    ray = SimpleNamespace(
+        remote=Task, get=lambda value: value, nodes=lambda: nodes, wait=lambda rooms, **options: (rooms, [])
+    )
     monkeypatch.setattr(dispatch, "ray", ray)
     assert dispatch.find_room({"CPU": 1.0, "GPU": 0.25}) == expected
     assert asked == [("a", 0.25, 0.25), ("b", 0.25, 0.25)]
+
+
+@pytest.mark.slow
+def test_a_gpu_in_use_is_not_waited_for_where_another_answers(monkeypatch):
+    """GPUs in name, on a cluster of one node that is asked twice; one of two tasks has to wait for the other."""
+
+    def slow_room(gpus):
+        time.sleep(gpus)
+        return Room(device="cuda", memory=GIB)
+
+    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        monkeypatch.setattr(dispatch, "_gpu_room", slow_room)
+        (node,) = dispatch.alive()
+        monkeypatch.setattr(dispatch, "alive", lambda: [node, node])
+        monkeypatch.setattr(dispatch, "ROOM_WAIT", 0.0)
+        assert dispatch.find_room({"CPU": 1.0, "GPU": 1.0}) == Room(device="cuda", memory=GIB)
+        monkeypatch.setattr(dispatch, "ROOM_WAIT", 60.0)
+        assert len(dispatch._gpu_rooms({"CPU": 1.0, "GPU": 1.0})) == 2
+    finally:
+        ray.shutdown()
 
 
 def test_tf32_needs_a_gpu():

@@ -118,10 +118,23 @@ class HeadEdit:
     pattern: tuple[int, ...] = ()
 
 
+def is_thin(W: Tensor) -> bool:
+    """Whether products with `W [S, i, o]` are by a single row or column, which libraries round by the number of
+    members."""
+    return 1 in W.shape[1:]
+
+
+def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """`x [S, R, i] @ W [S, i, o] + b [S, o]`, the same bits in any company on a CPU."""
+    if is_thin(W):
+        return (x.unsqueeze(3) * W.unsqueeze(1)).sum(2) + b[:, None]
+    return torch.baddbmm(b[:, None], x, W)
+
+
 def _affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """`x [S, B, N, i] @ W [S, i, o] + b [S, o]`."""
+    """`affine` of `x [S, B, N, i]`."""
     S, B, N, i = x.shape
-    return torch.baddbmm(b[:, None], x.reshape(S, B * N, i), W).view(S, B, N, -1)
+    return affine(x.reshape(S, B * N, i), W, b).view(S, B, N, -1)
 
 
 def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -304,7 +317,7 @@ def finish_layer(parameters: Parameters, config: ModelConfig, index: int, x: Ten
     """Residual stream `[S, B, N, D]` after a layer, from the one its heads see and what they read `[S, B, N, H d]`."""
     S, B, N, D = x.shape
     Wo, factor = parameters[f"{index}.Wo"].flatten(1, 2), config.attention_residual
-    x = torch.baddbmm(x.view(S, B * N, D), read.view(S, B * N, -1), Wo, alpha=factor).view_as(x)
+    x = torch.baddbmm(x.view(S, B * N, D), read.reshape(S, B * N, -1), Wo, alpha=factor).view_as(x)
     return feed(parameters, config, f"{index}", x)
 
 
