@@ -21,7 +21,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-EAGER_PAIRS, COMPILED_PAIRS, DEVICE_PAIRS = 1 << 16, 1 << 18, 1 << 22
+EAGER_PAIRS, COMPILED_PAIRS, DEVICE_PAIRS = 1 << 17, 1 << 18, 1 << 22
 """Pairs in one chunk of boxes: few enough for the cache of a CPU core, enough to fill a GPU."""
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
