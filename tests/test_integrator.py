@@ -57,7 +57,7 @@ def test_fold(count):
 
 
 def test_chunks_hold_about_as_many_pairs():
-    assert chunk_size(16, CPU, compiled=False) == 512 and chunk_size(16, CPU, compiled=True) == 2048
+    assert chunk_size(16, CPU, compiled=False) == 1024 and chunk_size(16, CPU, compiled=True) == 2048
     assert chunk_size(1000, CPU, compiled=True) == 16
     assert chunk_size(16, torch.device("cuda"), compiled=True) == 32768
 
