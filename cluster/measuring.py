@@ -32,6 +32,7 @@ from cluster.tracking import Place
 from cluster.trial import pool_name, to_parquet
 from sim.checks import require
 from sim.pool import Pool
+from train.process import be_worker
 
 CURVE = "llc_best_head"
 
@@ -179,7 +180,7 @@ def measure_members(
 
 def set_up(place: Place, subject: Subject, request: Request, pools: Mapping[str, Any]) -> Geometry:
     """A member on this worker's device."""
-    torch.set_num_threads(1)
+    be_worker()
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
     kept = Kept.fetch(MlflowClient(tracking_uri=place.uri), subject.run_id)
     pool = Pool.from_arrays(ray.get(pools[pool_name(subject.config)])).to(device, subject.config.train.dtype)

@@ -36,6 +36,7 @@ from train.checkpoint import Files
 from train.loop import Trainer, even_cuts, fitting
 from train.model import tensor_specs
 from train.neighbours import draw
+from train.process import be_worker
 from train.snapshot import Snapshot
 from train.state import State, join, unflatten
 
@@ -380,7 +381,7 @@ def make_pool(config: MemberConfig, device: str = "cpu") -> Pool:
 
 def pool_arrays(config: MemberConfig) -> tuple[Arrays, None]:
     """The arrays of a member's pool as it is made, for all precisions; beside them nothing, to wait for."""
-    torch.set_num_threads(1)
+    be_worker()
     return Pool.make(config.system, config.data.seed, part_sizes(config)).to_arrays(), None
 
 
@@ -420,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--only: {options.only} is not allowed; it must be in 0..{len(todo) - 1}")
     except ValueError as error:
         parser.error(str(error))
-    torch.set_num_threads(1)
+    be_worker()
     sink = FolderSink(options.out)
     chosen = todo if options.only is None else todo[options.only : options.only + 1]
     missing = [replace(p, members=tuple(m for m in p.members if not sink.done(m.id))) for p in chosen]

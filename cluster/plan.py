@@ -13,6 +13,7 @@ from cluster.sizing import Device, Room, pack_bytes
 from cluster.sweep import Member, MemberConfig, Pack
 from sim import system_name
 from sim.pool import Pool
+from train.process import be_worker
 
 WARM, TIMED = 3, 8  # steps before and during a measurement
 TRIAL_ROWS = 64
@@ -94,7 +95,7 @@ def shape_name(pack: Pack) -> str:
 def make_plan(packs: Sequence[Pack], workers: int, done: int, room: Room) -> Plan:
     """Measure one pack of each shape and add up; on a CPU where the workers' GPUs are not of this machine."""
     device = room.device if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)  # as on a worker
+    be_worker()
     shapes = {shape_name(pack): on_trial(pack) for pack in packs}
     tried = {name: pack if device == room.device else stand_in(pack) for name, pack in shapes.items()}
     costs = {}

@@ -45,6 +45,7 @@ from sim.pool import Pool, digest_of
 from sim.system import System
 from train import checkpoint
 from train.checkpoint import Files
+from train.process import be_worker
 from train.state import State
 
 GIVE_UP = 3  # failures at the same step after which a pack's members are FAILED
@@ -144,7 +145,7 @@ def point_config(sweep: Sweep, packs: Sequence[Pack], place: Place, store: str) 
 
 def train_here(pack: Pack, context: TrialContext) -> None:
     """Train a pack on this worker, from the pool to the ledger."""
-    torch.set_num_threads(1)
+    be_worker()
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
     attempts = Attempts(Insisting(open_store(context.store)), pack)
     left = unsettled(pack, context) if attempts.begun else pack

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sim.checks import require, require_number
-from sim.integrator import can_compile, compiled_advance, integrate
+from sim.integrator import Advance, can_compile, chunk_size, compiled_advance, integrate
 
 STEPS_PER_CONTACT = 40
 COMPILE_ABOVE = 40_000_000
@@ -113,10 +113,13 @@ class ParticleBox:
         elastic = 0.5 * self.stiffness * (pairs + walls.sum((-1, -2)))
         return moving + self.mass * self.gravity * positions[..., 1].sum(-1) + elastic
 
-    def compiles_for(self, particle_steps: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether a job of so many particle-steps is worth compiling for, and compiling works here."""
-        worth = particle_steps >= COMPILE_ABOVE and can_compile(device)
-        return worth and compiled_advance(self.n, dtype, device, self.limit_damping) is not None
+    def compiles_for(self, particle_steps: int, like: Tensor) -> bool:
+        """Whether a job of so many particle-steps on boxes `like [B, ...]` is worth compiling for, and that works."""
+        return particle_steps >= COMPILE_ABOVE and can_compile(like.device) and self._compiled(like) is not None
+
+    def _compiled(self, like: Tensor) -> Advance | None:
+        size = chunk_size(self.n, len(like), like.device, compiled=True)
+        return compiled_advance(self.n, size, like.dtype, like.device, self.limit_damping)
 
     def simulate(
         self, positions: Tensor, velocities: Tensor, duration: float, *, compiled: bool | None = None
@@ -127,8 +130,9 @@ class ParticleBox:
         integer: the step is shortened, never lengthened, until it divides the duration.
         A box's numbers do not depend on the other boxes of the call, to the last bit. Not differentiable.
 
-        compiled: None compiles (`torch.compile`, 3-10 s once per process, N and dtype) where that pays and works, and
-        is eager otherwise; True compiles or raises; False never does. On x86 CPUs both gave the same bits.
+        compiled: None compiles (`torch.compile`, 3-10 s once per process, N, dtype and power of two of boxes) where
+        that pays and works, and is eager otherwise; True compiles or raises; False never does. On x86 CPUs both gave
+        the same bits.
         """
         shape, dtype = f"[B, {self.n}, 2]", positions.dtype
         require(positions.dim() == 3 and positions.shape[1:] == (self.n, 2), "positions", [*positions.shape], shape)
@@ -137,8 +141,8 @@ class ParticleBox:
         require(velocities.dtype == dtype, "velocities", velocities.dtype, f"of the dtype of positions, {dtype}")
         steps, time_step = self.steps(duration)
         if compiled is None:
-            compiled = self.compiles_for(steps * len(positions) * self.n, dtype, positions.device)
-        step = compiled_advance(self.n, dtype, positions.device, self.limit_damping) if compiled else None
+            compiled = self.compiles_for(steps * len(positions) * self.n, positions)
+        step = self._compiled(positions) if compiled else None
         if compiled and step is None:
             raise RuntimeError("compiled: torch.compile fails here (sim.integrator logs why at level INFO); use None")
         constants = positions.new_tensor(self._constants(time_step))

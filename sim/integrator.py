@@ -101,10 +101,11 @@ def advance(x: Tensor, y: Tensor, u: Tensor, v: Tensor, closest: Tensor, constan
     return x + u * dt, y + v * dt, u, v, torch.minimum(closest, squared)
 
 
-def chunk_size(n: int, device: torch.device, compiled: bool) -> int:
-    """Boxes that go through one kernel together."""
+def chunk_size(n: int, boxes: int, device: torch.device, compiled: bool) -> int:
+    """Boxes that go through one kernel together; through a compiled one, the least power of two that holds all."""
     pairs = DEVICE_PAIRS if device.type != "cpu" else COMPILED_PAIRS if compiled else EAGER_PAIRS
-    return max(16, pairs // (n * max(n // 2, 1)) // 16 * 16)
+    most = max(16, pairs // (n * max(n // 2, 1)) // 16 * 16)
+    return min(max(16, 1 << (boxes - 1).bit_length()), most) if compiled else most
 
 
 def can_compile(device: torch.device) -> bool:
@@ -114,10 +115,9 @@ def can_compile(device: torch.device) -> bool:
 
 
 @functools.cache
-def compiled_advance(n: int, dtype: torch.dtype, device: torch.device, limit: bool) -> Advance | None:
-    """`advance` compiled for chunks of one size, tried once; None where compilation fails."""
+def compiled_advance(n: int, size: int, dtype: torch.dtype, device: torch.device, limit: bool) -> Advance | None:
+    """`advance` compiled for chunks of `size` boxes, tried once; None where compilation fails."""
     step: Advance = torch.compile(advance, dynamic=False, fullgraph=True, options={"compile_threads": 1})
-    size = chunk_size(n, device, compiled=True)
     x = torch.ones(n, size, dtype=dtype, device=device)
     closest, constants = x.new_ones(n // 2, n, size), x.new_ones(len(CONSTANTS))
     try:
@@ -140,7 +140,7 @@ def integrate(
     """
     boxes, n, _ = positions.shape
     step = (compiled if boxes else None) or advance
-    size = chunk_size(n, positions.device, step is not advance)
+    size = chunk_size(n, boxes, positions.device, step is not advance)
     first, other = torch.arange(n, device=positions.device), partners(n, positions.device)
     start_state = torch.cat((positions, velocities), -1)
     ends, flags = [], []

@@ -108,7 +108,7 @@ class ParticleSystem:
         speed = self.speed * stream.fold("velocities").normal(count, self.box.n, 2)
         states, overlapped = [torch.cat((start, speed), -1)], []
         work = horizons * self.box.steps(self.horizon)[0] * count * self.box.n
-        compiled = self.box.compiles_for(work, start.dtype, start.device)
+        compiled = self.box.compiles_for(work, start)
         for _ in range(horizons):
             motion = self.box.simulate(states[-1][..., :2], states[-1][..., 2:], self.horizon, compiled=compiled)
             states.append(torch.cat((motion.positions, motion.velocities), -1))

@@ -44,13 +44,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, visible: Tensor | None) -> Tensor:
         """`x [B, N, D]`; visible bool `[B, N, N]` or None."""
         if self.before is not None:
-            x = x + self.fed * self.before(x)
+            x = torch.add(x, self.before(x), alpha=self.fed)
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mask = None if visible is None else visible[:, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        x = x + self.said * self.o(y.transpose(1, 2).flatten(2))
-        out: Tensor = x + self.fed * self.ff(x)
-        return out
+        x = torch.add(x, self.o(y.transpose(1, 2).flatten(2)), alpha=self.said)
+        return torch.add(x, self.ff(x), alpha=self.fed)
 
 
 class StockTransformer(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import sim.box
 import sim.integrator
 from sim.generator import Generator
-from sim.integrator import ahead, can_compile, chunk_size, compiled_advance, fold, net_force, partners
+from sim.integrator import COMPILED_PAIRS, ahead, can_compile, chunk_size, compiled_advance, fold, net_force, partners
 from sim.particles import ParticleBox, ParticleSystem
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def crowd(box: ParticleBox, boxes, dtype):
 def test_a_box_does_not_know_its_company(n, dtype):
     """Bit for bit, across chunks, orders and sizes of the batch."""
     box = ParticleBox(n=n)
-    boxes = min(chunk_size(n, CPU, compiled=False), 600) + 45
+    boxes = min(chunk_size(n, 1, CPU, compiled=False), 600) + 45
     x, v = crowd(box, boxes, dtype)
     whole = box.simulate(x, v, 0.03)
     for chosen in (slice(0, 1), slice(3, 40), slice(boxes - 7, None), torch.arange(boxes - 1, -1, -1)):
@@ -57,9 +57,15 @@ def test_fold(count):
 
 
 def test_chunks_hold_about_as_many_pairs():
-    assert chunk_size(16, CPU, compiled=False) == 1024 and chunk_size(16, CPU, compiled=True) == 2048
-    assert chunk_size(1000, CPU, compiled=True) == 16
-    assert chunk_size(16, torch.device("cuda"), compiled=True) == 32768
+    many = 1 << 20
+    assert chunk_size(16, many, CPU, compiled=False) == 1024 and chunk_size(16, many, CPU, compiled=True) == 2048
+    assert chunk_size(1000, many, CPU, compiled=True) == 16
+    assert chunk_size(16, many, torch.device("cuda"), compiled=True) == 32768
+
+
+@pytest.mark.parametrize(("boxes", "size"), [(0, 16), (1, 16), (16, 16), (17, 32), (64, 64), (2049, 2048)])
+def test_a_compiled_kernel_is_no_larger_than_its_boxes_need(boxes, size):
+    assert chunk_size(16, boxes, CPU, compiled=True) == size
 
 
 @pytest.mark.slow
@@ -68,7 +74,7 @@ def test_chunks_hold_about_as_many_pairs():
 def test_compiled_equals_eager(dtype, limit_damping):
     """More boxes than one compiled chunk, so that the last one is padded."""
     box = ParticleBox(limit_damping=limit_damping)
-    x, v = crowd(box, chunk_size(16, CPU, compiled=True) + 7, dtype)
+    x, v = crowd(box, COMPILED_PAIRS // 128 + 7, dtype)
     eager, compiled = (box.simulate(x, v, 0.05, compiled=compiled) for compiled in (False, True))
     close = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 1e-11}
     torch.testing.assert_close(compiled.positions, eager.positions, **close)
@@ -78,6 +84,9 @@ def test_compiled_equals_eager(dtype, limit_damping):
     other = ParticleBox(stiffness=3000.0, gravity=0.5, limit_damping=limit_damping)
     with torch.compiler.set_stance("fail_on_recompile"):  # one kernel serves every box of 16 discs
         other.simulate(x, v, 0.02, compiled=True)
+    few = box.simulate(x[-9:], v[-9:], 0.05, compiled=True)  # through a smaller kernel
+    for name in ("positions", "velocities", "overlapped"):
+        assert torch.equal(getattr(few, name), getattr(compiled, name)[-9:]), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -101,7 +110,7 @@ def test_a_failed_compilation_is_logged_and_left_alone(monkeypatch, caplog):
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     with caplog.at_level(logging.INFO, "sim.integrator"):
-        assert compiled_advance.__wrapped__(3, torch.float32, CPU, False) is None
+        assert compiled_advance.__wrapped__(3, 16, torch.float32, CPU, False) is None
     assert "the compiler is broken" in caplog.text
 
 
@@ -115,7 +124,7 @@ def test_without_compilation_large_jobs_are_eager(monkeypatch):
     expected = box.simulate(x, v, 0.02, compiled=False)
     assert not asked
     assert torch.equal(box.simulate(x, v, 0.02).positions, expected.positions)
-    assert set(asked) == {(3, torch.float32, CPU, False)}
+    assert set(asked) == {(3, 16, torch.float32, CPU, False)}
     with pytest.raises(RuntimeError, match="compiled"):
         box.simulate(x, v, 0.02, compiled=True)
 

@@ -19,14 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from train.process import be_worker
+
 RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], object]
 Row = Mapping[str, object]
 
 
 def one_thread() -> None:
-    """Let torch use one CPU thread, between operations too."""
-    torch.set_num_threads(1)
+    """Let this process be as a worker is, with one CPU thread between operations too."""
+    be_worker()
     if torch.get_num_interop_threads() != 1:
         torch.set_num_interop_threads(1)
 
