@@ -53,7 +53,7 @@ def kept_by_autograd(trainer, batch):
 
 
 def storages():
-    """Bytes of all tensors that are alive, by where they lie. A compiler's own, which lie nowhere, are of other types."""
+    """Bytes of all tensors that are alive, by where they lie; a compiler's own, of other types, lie nowhere."""
     gc.collect()
     alive = [item.untyped_storage() for item in gc.get_objects() if type(item) in {torch.Tensor, torch.nn.Parameter}]
     return {storage.data_ptr(): storage.nbytes() for storage in alive}
