@@ -13,8 +13,8 @@ import torch
 from cluster.outside import probe_kinds
 from cluster.sweep import MemberConfig, part_sizes
 from sim.checks import require
+from sim.compiling import can_compile
 from sim.generator import Generator
-from sim.integrator import can_compile
 from sim.system import Rows, System
 from train.config import ModelConfig
 from train.loop import CACHE, MEMBERS_AT_ONCE, free_memory

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sim.checks import require, require_number
-from sim.integrator import Advance, can_compile, chunk_size, compiled_advance, integrate
+from sim.compiling import can_compile
+from sim.integrator import Advance, chunk_size, compiled_advance, integrate
 
 STEPS_PER_CONTACT = 40
 COMPILE_ABOVE = 40_000_000

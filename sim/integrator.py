@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from sim.compiling import compiled
 
 log = logging.getLogger(__name__)
 
@@ -108,21 +108,15 @@ def chunk_size(n: int, boxes: int, device: torch.device, compiled: bool) -> int:
     return min(max(16, 1 << (boxes - 1).bit_length()), most) if compiled else most
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether there is what `torch.compile` needs: a GPU, or a C++ compiler."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-    return device.type != "cpu" or any(shutil.which(name) for name in names)
-
-
 @functools.cache
 def compiled_advance(n: int, size: int, dtype: torch.dtype, device: torch.device, limit: bool) -> Advance | None:
     """`advance` compiled for chunks of `size` boxes, tried once; None where compilation fails."""
-    step: Advance = torch.compile(advance, dynamic=False, fullgraph=True, options={"compile_threads": 1})
     x = torch.ones(n, size, dtype=dtype, device=device)
     closest, constants = x.new_ones(n // 2, n, size), x.new_ones(len(CONSTANTS))
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
+            step: Advance = compiled(advance)
             step(x, x.clone(), x.clone(), x.clone(), closest, constants, limit)
     except Exception:
         # Compilers fail in many ways, none of which should stop a sweep: the eager path gives the same motion.
@@ -132,14 +126,14 @@ def compiled_advance(n: int, size: int, dtype: torch.dtype, device: torch.device
 
 
 def integrate(
-    positions: Tensor, velocities: Tensor, constants: Tensor, steps: int, limit: bool, compiled: Advance | None
+    positions: Tensor, velocities: Tensor, constants: Tensor, steps: int, limit: bool, kernel: Advance | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positions and velocities `[B, N, 2]` after `steps`, and which pairs overlapped before any of them, `[B, N, N]`.
 
     A compiled kernel has one fixed size, so its last chunk repeats the last box.
     """
     boxes, n, _ = positions.shape
-    step = (compiled if boxes else None) or advance
+    step = (kernel if boxes else None) or advance
     size = chunk_size(n, boxes, positions.device, step is not advance)
     first, other = torch.arange(n, device=positions.device), partners(n, positions.device)
     start_state = torch.cat((positions, velocities), -1)

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from sim.integrator import can_compile
+from sim.compiling import can_compile
 from tests.test_step import DOUBLE, MASKED, NARROW, NOISED, TRAIN, assert_equal, state_after, trainer
 from train import compiled
 

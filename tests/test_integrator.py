@@ -1,5 +1,6 @@
 """Chunks of boxes and compilation: neither may show in the numbers."""
 
+import functools
 import logging
 import os
 
@@ -8,8 +9,9 @@ import torch
 
 import sim.box
 import sim.integrator
+from sim.compiling import can_compile
 from sim.generator import Generator
-from sim.integrator import COMPILED_PAIRS, ahead, can_compile, chunk_size, compiled_advance, fold, net_force, partners
+from sim.integrator import COMPILED_PAIRS, ahead, chunk_size, compiled_advance, fold, net_force, partners
 from sim.particles import ParticleBox, ParticleSystem
 
 CPU = torch.device("cpu")
@@ -112,6 +114,15 @@ def test_a_failed_compilation_is_logged_and_left_alone(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "sim.integrator"):
         assert compiled_advance.__wrapped__(3, 16, torch.float32, CPU, False) is None
     assert "the compiler is broken" in caplog.text
+
+
+def test_kernels_of_more_sizes_than_torch_allows_by_itself(monkeypatch):
+    """With a compiler that leaves everything as it is; torch gives up after 8."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", options=None))
+    torch._dynamo.reset()
+    for n in range(2, 12):
+        assert compiled_advance.__wrapped__(n, 16, torch.float32, CPU, False) is not None, n
+    torch._dynamo.reset()
 
 
 def test_without_compilation_large_jobs_are_eager(monkeypatch):

@@ -67,6 +67,19 @@ def test_probe_steps():
         (NoisedToy(d=1), MODEL, dataclasses.replace(TRAIN, batch_size=16, precision="float64")),
         (NoisedToy(d=1, n=16), ModelConfig(width=32), dataclasses.replace(TRAIN, batch_size=8)),
         (NOISED, ModelConfig(width=8, heads=8), TRAIN),  # one number a head
+        *(  # batches that end within a line of the cache or a vector of numbers
+            (kind(d=d, n=n), model, dataclasses.replace(TRAIN, batch_size=batch, precision=precision))
+            for kind, d, n, batch, precision, model in [
+                (NoisedToy, 6, 7, 25, "float32", ModelConfig(width=32)),
+                (NoisedToy, 5, 9, 50, "float32", ModelConfig(width=32)),
+                (NoisedToy, 3, 7, 25, "float64", ModelConfig(width=32)),
+                (NoisedToy, 7, 10, 28, "float32", ModelConfig(width=24, feedforward=2)),
+                (NoisedToy, 3, 5, 11, "float32", ModelConfig(width=12, heads=4, feedforward=3, splitting="strang")),
+                (NoisedToy, 5, 11, 9, "float32", ModelConfig(width=20, attention="local", neighbours=3)),
+                (MaskedToy, 7, 13, 26, "float32", ModelConfig(width=20, splitting="strang")),
+                (NoisedToy, 7, 3, 15, "bf16", ModelConfig(width=12, heads=4, feedforward=1)),
+            ]
+        ),
     ],
 )
 def test_a_member_follows_the_same_path_in_any_company(system, model, train):
@@ -78,6 +91,31 @@ def test_a_member_follows_the_same_path_in_any_company(system, model, train):
         place = keys.index(7)
         for name, value in alone.tensors().items():
             assert torch.equal(pack.tensors()[name][place], value[0]), (name, len(keys))
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    layer: int = 0
+    output: tuple[int, ...] = (0,)
+    pattern: tuple[int, ...] = (1,)
+
+
+@pytest.mark.parametrize("examples", [1, 3, 10, 18])
+@pytest.mark.parametrize("system", [NoisedToy(d=7, n=10), MaskedToy(d=7, n=13)])
+def test_what_is_measured_of_a_member_is_the_same_in_any_company(system, examples):
+    batch = system.draw(rows_of(system).take(slice(0, examples)), Generator.of("probe"))
+    model = ModelConfig(width=24, heads=4)
+
+    def measured(keys):
+        snapshot = trainer(system, TRAIN, keys, model).snapshot()
+        edited = [snapshot.predict(batch, edits) for edits in ((Edit(),), (Edit(1),))]
+        found = (snapshot.attention(batch), snapshot.predict(batch), *edited, *snapshot.gradient(batch).values())
+        return [values[keys.index(7)] for values in found]
+
+    alone = measured([7])
+    assert alone[0].shape[2] == alone[1].shape[0] == alone[2].shape[0] == examples
+    for keys in ([1, 7, 3], [9, 8, 7, 6, 5, 4, 3]):
+        assert all(map(torch.equal, measured(keys), alone))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +291,12 @@ def test_configs_name_what_is_wrong(kind, changes, message):
 
 
 def test_a_width_that_heads_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="width: 10 is not allowed; it must be divisible by heads = 4"):
-        tensor_specs(ModelConfig(width=10, heads=4), 2, 2)
-    with pytest.raises(ValueError, match="divisible by head_dim = 4"):
-        tensor_specs(ModelConfig(width=10, heads=None, head_dim=4), 2, 2)
+    with pytest.raises(ValueError, match="width: 20 is not allowed; it must be divisible by heads = 8"):
+        tensor_specs(ModelConfig(width=20, heads=8), 2, 2)
+    with pytest.raises(ValueError, match="divisible by head_dim = 16"):
+        tensor_specs(ModelConfig(width=20, heads=None, head_dim=16), 2, 2)
+
+
+def test_a_width_that_would_not_give_equal_bits_is_refused():
+    with pytest.raises(ValueError, match="width: 10 is not allowed; it must be a multiple of 4"):
+        tensor_specs(ModelConfig(width=10, heads=2), 2, 2)

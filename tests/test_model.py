@@ -133,7 +133,7 @@ def test_interventions_equal_the_spelt_out_ones(masked, config):
     found = snapshot.predict(batch, (Edit(1, output=(1,), pattern=(0,)),))
     for s in range(3):
         own = {name: value[s] for name, value in parameters.items()}
-        x = feed_by_hand(config, own, "1.before", snapshot._residual(batch, 1)[s])
+        x = feed_by_hand(config, own, "1.before", snapshot._residual(batch, 1)[s][:B])
         y = F.layer_norm(x, (config.width,)) * own["1.norm1.scale"] + own["1.norm1.shift"]
         uniform = mask[:, None].double().expand(B, N, N) / mask.sum(-1)[:, None, None]
         said = []

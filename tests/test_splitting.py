@@ -69,12 +69,6 @@ def test_both_layers_have_as_many_parameters_but_for_three_widths(width, feedfor
     assert count("strang") - count("lie") == 3 * 3 * width
 
 
-def test_half_a_hidden_width_must_be_whole():
-    ModelConfig(width=15, heads=3, feedforward=2, splitting="strang").require_divisible()
-    with pytest.raises(ValueError, match="width: 15 is not allowed; it must be even, as strang halves"):
-        tensor_specs(ModelConfig(width=15, heads=3, feedforward=1, splitting="strang"), D_IN, D_OUT)
-
-
 # --- the order of the splittings: x' = (A + B) x over one step h, A and B any matrices
 
 

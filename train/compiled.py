@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import warnings
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from sim.compiling import compiled
 from sim.system import Batch
 from train.config import ModelConfig
 from train.model import Parameters, forward
-
-MOST_SHAPES = 4096  # that a process may compile, where torch would stop at 8
 
 
 def compiled_forward(model: ModelConfig, parameters: Parameters, batch: Batch) -> Tensor:
@@ -35,10 +30,4 @@ def _kernels(model: ModelConfig) -> Callable[..., Tensor]:
         batch = Batch(inputs=inputs, targets=inputs, mask=mask, keys=keys, allowed=allowed)
         return forward(parameters, model, batch)
 
-    with warnings.catch_warnings():  # torch's compiler uses what torch deprecates
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._inductor.compile_fx")
-    limits: Any = importlib.import_module("torch._dynamo.config")
-    limits.recompile_limit = limits.accumulated_recompile_limit = MOST_SHAPES
-    compiled: Callable[..., Tensor] = torch.compile(run, dynamic=False, fullgraph=True, options={"compile_threads": 1})
-    return compiled
+    return compiled(run)

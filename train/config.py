@@ -29,7 +29,7 @@ class ModelConfig:
     """A permutation-equivariant transformer over tokens: linear in, pre-LayerNorm layers, linear out."""
 
     width: int = 32
-    """Size of the residual stream."""
+    """Size of the residual stream, a multiple of 4."""
     layers: int = 2
     """Number of layers, put together as `splitting` says."""
     heads: int | None = 4
@@ -73,15 +73,11 @@ class ModelConfig:
 
     def require_divisible(self) -> None:
         """Raise ValueError unless the width splits into heads. Apart from the rest, as a sweep sets the width last."""
+        require(
+            self.width % 4 == 0, "width", self.width, "a multiple of 4, for equal bits in packs of any size"
+        )  # see `filled`
         given, parts = ("heads", self.heads) if self.heads is not None else ("head_dim", self.head_dim)
         require(self.width % (parts or 1) == 0, "width", self.width, f"divisible by {given} = {parts}")
-        halves = self.splitting == "lie" or self.feedforward * self.width % 2 == 0
-        require(
-            halves,
-            "width",
-            self.width,
-            f"even, as strang halves feedforward x width with feedforward = {self.feedforward}",
-        )
 
     @property
     def n_heads(self) -> int:

@@ -2,7 +2,8 @@
 
 A step of small models is mostly the calling of operations. Here it calls half as many, and leaves the gradient of each
 parameter where the optimiser reads it. The operations that are left are those of autograd through
-`train.model.forward`, in its order: on a CPU the numbers are the same bit for bit.
+`train.model.forward`, in its order: on a CPU the numbers are the same bit for bit (where a token has one output, but
+for rounding: sums go by how the loss lays out its gradient).
 
 Legend as in `train.model`; R = B N rows of the stream. Blocks take the stream x `[S, R, D]` and give the next; back
 again, the gradient by what they gave, `[S, R, D]`, for that by x, and write those of their parameters. Neither changes
@@ -22,7 +23,17 @@ from torch import Tensor
 from sim.checks import require
 from sim.system import Batch
 from train.config import ModelConfig
-from train.model import EPSILON, Parameters, affine, attend, attend_backward, inputs_of, is_thin, visible_keys
+from train.model import (
+    EPSILON,
+    Parameters,
+    affine,
+    attend,
+    attend_backward,
+    filled,
+    inputs_of,
+    is_thin,
+    visible_keys,
+)
 
 aten = torch.ops.aten
 Tape: TypeAlias = list[tuple[Any, ...]]
@@ -171,7 +182,8 @@ class Gradient:
         The gradients of before are overwritten. Raises ValueError for a batch with keys.
         """
         require(batch.keys is None, "batch.keys", "a tensor", "None, for all tokens")
-        inputs, visible = inputs_of(batch, self.embed.W), visible_keys(batch)
+        full = filled(batch)
+        inputs, visible = inputs_of(full, self.embed.W), visible_keys(full)
         S, B, N, _ = inputs.shape
         hidden = None if visible is None else ~visible.unsqueeze(-3)
         tape: Tape = []
@@ -181,7 +193,8 @@ class Gradient:
         prediction = self.unembed.forward(self.norm.forward(x, tape), tape)
         with torch.enable_grad():
             leaf = prediction.requires_grad_()
-            losses = loss(leaf.clone().view(S, B, N, -1), batch).mean(-1)  # a copy, which the loss may change in place
+            copy = leaf.clone().view(S, B, N, -1)[:, : batch.inputs.shape[-3]]  # which the loss may change in place
+            losses = loss(copy, batch).mean(-1)
             (found,) = torch.autograd.grad(losses.sum(), [leaf])
         found = self.norm.backward(self.unembed.backward(found.contiguous(), tape), tape)
         for layer in reversed(self.layers):

@@ -30,7 +30,7 @@ from train.state import State, flatten, unflatten
 from train.step import Part, Task
 
 PER_MEMBER = ("learning_rate", "weight_decay", "clip")
-RESULTS_VERSION = 3  # raised when a fix changes numbers
+RESULTS_VERSION = 4  # raised when a fix changes numbers
 WARM = 3  # steps on a GPU before one is recorded: libraries choose their kernels and work space in them
 CACHE = 24 << 20  # bytes of activations that a part may keep on a CPU, and
 MEMBERS_AT_ONCE = 32  # members: both measured (tests/bench/steps.py), speed is flat below them and falls beyond

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ Parameters = Mapping[str, Tensor]
 Role = Literal["input", "hidden", "output", "vector", "constant"]
 
 EPSILON = 1e-5  # that of a norm
+FULL = 32  # tokens of a member's batch come in multiples of this, see `filled`
 HIDDEN_LOGIT = -1e30  # exp underflows to exactly 0 beside any visible key, and a row without one stays finite
 
 
@@ -152,6 +153,27 @@ def visible_keys(batch: Batch) -> Tensor | None:
             real = torch.gather(batch.mask, -1, batch.keys.flatten(-2)).reshape(shape)
         visible = real if visible is None else visible & real
     return visible
+
+
+def filled(batch: Batch) -> Batch:
+    """The batch as the model reads it: with examples added that have no real token, up to a multiple of `FULL` tokens.
+
+    Products round by where in a line of the cache an operand begins, and single operations by what is left over of a
+    vector of numbers. With whole lines and vectors both are the same for all members of a stack, and for one alone.
+    """
+    B, N = batch.inputs.shape[-3:-1]
+    if not (extra := -B % (FULL // math.gcd(FULL, N))):
+        return batch
+    lead = (B, N) if batch.keys is None else batch.keys.shape[:-1]
+    mask = batch.inputs.new_ones(lead, dtype=torch.bool) if batch.mask is None else batch.mask
+    more = (0, 0, 0, 0, 0, extra)
+    return replace(
+        batch,
+        inputs=F.pad(batch.inputs, more),
+        mask=F.pad(mask, more[2:]),
+        keys=None if batch.keys is None else F.pad(batch.keys, more),
+        allowed=None if batch.allowed is None else F.pad(batch.allowed, more),
+    )
 
 
 def inputs_of(batch: Batch, W: Tensor) -> Tensor:
@@ -340,10 +362,11 @@ def unembed(parameters: Parameters, x: Tensor) -> Tensor:
 
 def forward(parameters: Parameters, config: ModelConfig, batch: Batch) -> Tensor:
     """Predictions `[S, B, N, d_out]` of all members on the batch."""
-    x = embed(parameters, batch)
+    full = filled(batch)
+    x = embed(parameters, full)
     for index in range(config.layers):
-        x = layer(parameters, config, index, x, batch)
-    return unembed(parameters, x)
+        x = layer(parameters, config, index, x, full)
+    return unembed(parameters, x)[:, : batch.inputs.shape[-3]]
 
 
 def activations(config: ModelConfig, tokens: int, keys: int | None) -> int:

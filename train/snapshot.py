@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sim.system import Batch, System
 from train.config import ModelConfig
-from train.model import HeadEdit, Reading, embed, finish_layer, forward, layer, look, unembed
+from train.model import HeadEdit, Reading, embed, filled, finish_layer, forward, layer, look, unembed
 from train.neighbours import with_keys
 
 EXAMPLES_AT_ONCE = 64  # in a prediction: many more fall out of a CPU's cache
@@ -62,6 +62,7 @@ class Snapshot:
     parameters: Mapping[str, Tensor]
     time: float = field(default_factory=time.time)
     _batch: Batch | None = field(default=None, repr=False)
+    _full: Batch | None = field(default=None, repr=False)
     _residuals: list[Tensor] = field(default_factory=list, repr=False)
     _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
 
@@ -88,15 +89,15 @@ class Snapshot:
     @torch.no_grad()
     def attention(self, batch: Batch) -> Tensor:
         """Attention weights `[S, L, H, B, N, K]` on a batch without a member axis."""
-        batch = with_keys(self.system, self.model, batch)
-        x = embed(self.parameters, batch)
+        full = filled(with_keys(self.system, self.model, batch))
+        x = embed(self.parameters, full)
         patterns: list[Tensor] = []
         for index in range(self.layers):
-            reading = look(self.parameters, self.model, index, x, batch)
+            reading = look(self.parameters, self.model, index, x, full)
             patterns.append(reading.pattern)
             if index + 1 < self.layers:
                 x = finish_layer(self.parameters, self.model, index, reading.stream, reading.merged())
-        return torch.stack(patterns, dim=1).transpose(2, 3)
+        return torch.stack(patterns, dim=1).transpose(2, 3)[:, :, :, : batch.inputs.shape[-3]]
 
     @torch.no_grad()
     def predict(self, batch: Batch, replace: Iterable[Intervention] = ()) -> Tensor:
@@ -105,32 +106,38 @@ class Snapshot:
         edits = {item.layer: HeadEdit(output=item.output, pattern=item.pattern) for item in replace}
         if not edits:
             return torch.cat([forward(self.parameters, self.model, part) for part in split(batch)], dim=1)
-        lowest = min(edits)
+        full, lowest = self._take_up(batch), min(edits)
         x = self._residual(batch, lowest)
         for index in range(lowest, self.layers):
             if index not in edits:
-                x = layer(self.parameters, self.model, index, x, batch)
+                x = layer(self.parameters, self.model, index, x, full)
                 continue
             first = index == lowest
-            reading = self._reading(batch, index) if first else look(self.parameters, self.model, index, x, batch)
-            merged = reading.merged(batch, edits[index])
+            reading = self._reading(batch, index) if first else look(self.parameters, self.model, index, x, full)
+            merged = reading.merged(full, edits[index])
             x = finish_layer(self.parameters, self.model, index, reading.stream, merged)
-        return unembed(self.parameters, x)
+        return unembed(self.parameters, x)[:, : batch.inputs.shape[-3]]
+
+    def _take_up(self, batch: Batch) -> Batch:
+        """The batch, filled; what is kept of another one goes."""
+        if self._full is None or self._batch is not batch:
+            self._batch, self._full = batch, filled(batch)
+            self._residuals, self._readings = [embed(self.parameters, self._full)], {}
+        return self._full
 
     def _reading(self, batch: Batch, index: int) -> Reading:
         """What the heads of layer `index` do on the untouched stream, kept for the batch and layer asked about last."""
         x = self._residual(batch, index)
         if index not in self._readings:
-            self._readings = {index: look(self.parameters, self.model, index, x, batch)}
+            self._readings = {index: look(self.parameters, self.model, index, x, self._take_up(batch))}
         return self._readings[index]
 
     def _residual(self, batch: Batch, index: int) -> Tensor:
-        """The untouched stream that enters layer `index`, kept for the batch asked about last."""
-        if self._batch is not batch:
-            self._batch, self._residuals, self._readings = batch, [embed(self.parameters, batch)], {}
+        """The untouched stream that enters layer `index` on the filled batch, kept for the batch asked about last."""
+        full = self._take_up(batch)
         while len(self._residuals) <= index:
             below = len(self._residuals) - 1
-            self._residuals.append(layer(self.parameters, self.model, below, self._residuals[below], batch))
+            self._residuals.append(layer(self.parameters, self.model, below, self._residuals[below], full))
         return self._residuals[index]
 
     def loss(self, prediction: Tensor, batch: Batch, tokens: Tensor | None = None) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 from cluster.recipes import quick
 from cluster.sweep import Pack, packs, part_sizes, validate
 from sim.box import ParticleBox
+from sim.compiling import can_compile
 from sim.generator import Generator
-from sim.integrator import can_compile, chunk_size, compiled_advance
+from sim.integrator import chunk_size, compiled_advance
 from sim.particles import ParticleSystem
 from sim.pool import Pool
 from tests.bench.measure import Row, Timing, burst, compare, one_thread, quartiles, span, synchronise, timed, write
