@@ -24,11 +24,12 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.pack import pool_arrays
+from cluster.pack import pool_arrays, warn
 from cluster.sizing import Room
 from cluster.sweep import MemberConfig, digest
 from cluster.tracking import BrokenOffError
@@ -141,20 +142,39 @@ def find_room(resources: Mapping[str, float]) -> Room:
 
 
 def _gpu_rooms(resources: Mapping[str, float]) -> list[Room]:
-    """What a worker finds on each node that has room for one. Nodes whose GPUs are in use for longer than `ROOM_WAIT`
-    are left out, but for the first that is free."""
-    gpus, rooms = resources["GPU"], []
+    """What a worker finds on each node that has room for one.
+
+    Nodes that fail, and those whose GPUs are in use for longer than `ROOM_WAIT`, are named and left out; only if no
+    other has answered by then is the first of them waited for. Raises BrokenOffError where every node fails.
+    """
+    gpus, asked = resources["GPU"], {}
     task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_gpu_room)
     for node in alive():
         if slots_on(node["Resources"], resources):
             there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=True)  # elsewhere, should it be lost
-            rooms.append(task.options(scheduling_strategy=there).remote(gpus))
-    done, busy = ray.wait(rooms, num_returns=len(rooms), timeout=ROOM_WAIT)
-    if not done:
-        done, busy = ray.wait(rooms, num_returns=1)
-    for room in busy:
-        ray.cancel(room)
-    found: list[Room] = ray.get(done)
+            asked[task.options(scheduling_strategy=there).remote(gpus)] = node.get("NodeManagerAddress", node["NodeID"])
+    done, busy = ray.wait(list(asked), num_returns=len(asked), timeout=ROOM_WAIT)
+    found = _answers(done, asked)
+    while busy and not found:
+        done, busy = ray.wait(busy, num_returns=1)
+        found = _answers(done, asked)
+    if not found:
+        raise BrokenOffError("no node of the cluster says what room its GPUs have")
+    for answer in busy:
+        warn(f"the GPUs of node {asked[answer]} are in use: packs are sized by those of other nodes")
+        ray.cancel(answer)
+    return found
+
+
+def _answers(done: Iterable[Any], asked: Mapping[Any, str]) -> list[Room]:
+    """The rooms of tasks that are done; who failed is told."""
+    found = []
+    for answer in done:
+        try:
+            found.append(ray.get(answer))
+        except RayError as error:
+            cause = str(error).strip().splitlines()[-1]
+            warn(f"node {asked[answer]} does not say what room its GPUs have: {cause}")
     return found
 
 

@@ -13,9 +13,10 @@ from cluster.sizing import Device, Room, pack_bytes
 from cluster.sweep import Member, MemberConfig, Pack
 from sim import system_name
 from sim.pool import Pool
+from train.loop import WARM
 from train.process import be_worker
 
-WARM, TIMED = 3, 8  # steps before and during a measurement
+WARM_UP, TIMED = WARM + 1, 8  # steps before (on a GPU the last of them is recorded) and during a measurement
 TRIAL_ROWS = 64
 
 
@@ -50,7 +51,7 @@ class Plan:
     workers: int
     done: int
     room: Room
-    measured_on: Device = "cpu"
+    measured_on: Device
 
     def reason(self, pack: Pack) -> str:
         """Why a pack is as large as it is."""
@@ -93,11 +94,11 @@ def shape_name(pack: Pack) -> str:
 
 
 def make_plan(packs: Sequence[Pack], workers: int, done: int, room: Room) -> Plan:
-    """Measure one pack of each shape and add up; on a CPU where the workers' GPUs are not of this machine."""
+    """Measure one pack of each shape and add up; where workers have GPUs, on what there is here of such."""
     device = room.device if torch.cuda.is_available() else "cpu"
     be_worker()
     shapes = {shape_name(pack): on_trial(pack) for pack in packs}
-    tried = {name: pack if device == room.device else stand_in(pack) for name, pack in shapes.items()}
+    tried = {name: pack if room.device == "cpu" else stand_in(pack, device) for name, pack in shapes.items()}
     costs = {}
     for trial, pool in pools(list(tried.values()), device):
         name = next(name for name, pack in tried.items() if pack is trial)
@@ -116,13 +117,17 @@ def on_trial(pack: Pack) -> Pack:
     return Pack(members=tuple(map(shrink, pack.members)))
 
 
-def stand_in(pack: Pack) -> Pack:
-    """As many of a pack's members as a CPU here takes at once, to be trained eagerly: it may have no compiler."""
+def stand_in(pack: Pack, device: Device) -> Pack:
+    """As many members of a pack for GPUs as this machine's own takes, the pack itself where that is all of them; as
+    many as its CPU takes at once where it has none, to be trained eagerly: there may be no compiler."""
+    most = Room.here(gpus=float(device == "cuda")).most(pack.config)
 
     def eager(member: Member) -> Member:
         return replace(member, config=replace(member.config, train=replace(member.config.train, compiled=False)))
 
-    return Pack(members=tuple(map(eager, pack.members[: Room.here(gpus=0).most(pack.config)])))
+    if device == "cuda":
+        return pack if len(pack.members) <= most else Pack(members=pack.members[:most])
+    return Pack(members=tuple(map(eager, pack.members[:most])))
 
 
 def scaled(cost: PackCost, times: float) -> PackCost:
@@ -160,12 +165,12 @@ def measure(pack: Pack, pool: Pool, memory: int) -> PackCost:
     """Cost of a pack from a few steps, where the pool lies; `memory` is known. The sizes of tables follow from their
     shapes."""
     run = PackRun(pack, pool, build_probes(pack.config, pool), Nowhere())
-    for _ in range(WARM):
+    for _ in range(WARM_UP):
         run.trainer.advance()
-    start = time.perf_counter()
+    start = now(run)
     for _ in range(TIMED):
         run.trainer.advance()
-    step = (time.perf_counter() - start) / TIMED
+    step = (now(run) - start) / TIMED
     artifacts = artifact_bytes(pack.config, run)
     return PackCost(
         step=step,
@@ -178,14 +183,21 @@ def measure(pack: Pack, pool: Pool, memory: int) -> PackCost:
     )
 
 
+def now(run: PackRun) -> float:
+    """Seconds on a clock, once the run's device has done all that it was given."""
+    if run.trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _seconds(run: PackRun, sparse: bool) -> float:
     probes = [probe for probe in run.probes if (probe.when == "sparse") == sparse]
     snapshot = run.trainer.snapshot()
-    start = time.perf_counter()
+    start = now(run)
     for probe in probes:
         run.measure(probe, snapshot)
     run.measure_figures(snapshot, sparse)
-    return time.perf_counter() - start
+    return now(run) - start
 
 
 def artifact_bytes(config: MemberConfig, run: PackRun) -> int:

@@ -15,6 +15,7 @@ from cluster.arguments import WORDS
 from cluster.encoding import hints_of, matches, require_known, set_field
 from cluster.sweep import SWEPT, Sweep, replace_fields, validate
 from sim.checks import require
+from train.config import WIDTH_UNIT
 
 WIDTH = "model.width"
 
@@ -150,13 +151,14 @@ def stepped(item: Field, step: int) -> Field:
 
 
 def width_unit(sweep: Sweep, space: Mapping[str, Field]) -> int:
-    """What every width must be a multiple of, whatever the number of heads; 1 where a range of these is searched."""
+    """What every width must be a multiple of, whatever the number of heads; that of any width where a range of these is
+    searched."""
     sizes: set[Any] = set()
     for name, value in (("model.heads", sweep.model.heads), ("model.head_dim", sweep.model.head_dim)):
         if name in space and not isinstance(space[name].distribution, CategoricalDistribution):
-            return 1
+            return WIDTH_UNIT
         sizes |= set(space[name].ends) if name in space else {value}
-    return math.lcm(*(int(size) for size in sizes if size is not None))
+    return math.lcm(WIDTH_UNIT, *(int(size) for size in sizes if size is not None))
 
 
 def point_of(sweep: Sweep, space: Space, params: Mapping[str, Any], name: str) -> Sweep:

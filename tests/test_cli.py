@@ -60,7 +60,7 @@ BAD = [
     (["sweep", "quick", "--train.optimizer", "lion"], "lion"),
     (["sweep", "quick", "--widths"], "widths: () is not allowed; it must be at least one width"),
     (["sweep", "quick", "--widths", "16", "16"], "widths: (16, 16) is not allowed; it must be without repeats"),
-    (["sweep", "quick", "--widths", "18"], "width: 18 is not allowed; it must be divisible by heads = 4"),
+    (["sweep", "quick", "--widths", "18"], "width: 18 is not allowed; it must be a multiple of 4"),
     (["sweep", "quick", "--seeds", "0"], "seeds: 0 is not allowed; it must be at least 1"),
     (
         ["sweep", "quick", "--system.box.n", "60"],

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 COUNT_FAULTS = """
-import json, resource, sys, torch
+import json, resource, sys, threading, torch
 from train.process import be_worker
 if sys.argv[1] == "worker":
     be_worker()
@@ -16,15 +16,23 @@ def work():
     tensors = [torch.ones(1 << 18) for _ in range(100)]  # 1 MiB each
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-work()
-before = faults()
-work()
-print(json.dumps({"faults": faults() - before, "threads": torch.get_num_threads()}))
+def look():
+    work()
+    before = faults()
+    work()
+    print(json.dumps({"faults": faults() - before, "threads": torch.get_num_threads()}))
+if sys.argv[2] == "first":
+    look()
+else:
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
 """
 
 
-def found(kind):
-    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS, kind], capture_output=True, text=True, check=True)
+def found(kind, thread="first"):
+    command = [sys.executable, "-c", COUNT_FAULTS, kind, thread]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -32,6 +40,7 @@ def found(kind):
 def test_a_worker_keeps_the_memory_that_it_frees():
     pages = 100 * (1 << 20) // 4096
     assert found("worker")["faults"] < pages / 4 < pages / 2 < found("other")["faults"]
+    assert 4 * found("worker", "another")["faults"] < found("other", "another")["faults"]
 
 
 def test_a_worker_has_one_thread():

@@ -44,6 +44,7 @@ from cluster.trial import TrialSink, capped, point_config
 from cluster.workshop import Workshop
 from tests.test_analysis import STEPS, U, planted_curves, tables_of
 from tests.test_pack import MEMBERS
+from train.config import WIDTH_UNIT
 
 RATE = "train.learning_rate"
 PLACE = tracking.Place(uri="u", experiment="1", parent="p")
@@ -79,7 +80,8 @@ def test_widths_step_by_all_numbers_of_heads_and_as_told():
     (width, _) = space_of("model.width=24..48", "model.heads=2,4,8")
     assert (width.step, width.ends) == (8, (24, 48))
     assert space_of("model.width=16..64:16")[0].param == "model.width/16"
-    assert space_of("model.width=16..64", "model.heads=1..8")[0].step == 1
+    assert space_of("model.width=16..64", "model.heads=1..8")[0].step == WIDTH_UNIT
+    assert space_of("model.width=16..64", "model.heads=1,2")[0].step == WIDTH_UNIT
     assert space_of("train.steps=100..400:50:log")[0].ends == (100, 400)
 
 
@@ -156,7 +158,7 @@ def test_a_point_is_a_sweep_whose_id_is_its_parameters():
     assert points[0].id == points[3].id
     assert len(points[0].members()) == 2
     assert {member.config.model.width for member in points[1].members()} == {32}
-    with pytest.raises(ValueError, match="width: 18 is not allowed; it must be divisible by heads = 4"):
+    with pytest.raises(ValueError, match="width: 18 is not allowed; it must be a multiple of 4"):
         point_of(dataclasses.replace(base, widths=(18,)), space[:1], {RATE: 1e-3}, "s")
 
 

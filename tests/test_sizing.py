@@ -1,6 +1,7 @@
 """Sizes of packs: estimates against what tensors really take, and the bounds that follow from them."""
 
 import dataclasses
+import functools
 import gc
 import time
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
+from ray.exceptions import RayError
 
 from cluster import dispatch, plan
 from cluster.cli import main
@@ -24,6 +26,7 @@ from cluster.sizing import (
     require_computable,
 )
 from cluster.sweep import DataConfig, Pack, Sweep, packs, validate
+from cluster.tracking import BrokenOffError
 from sim.pool import Pool
 from sim.system import Batch
 from tests.test_pack import MEMBERS, Memory
@@ -132,7 +135,8 @@ def test_packs_heed_the_room_and_the_plan_says_why():
         (small, 1, "as many as memory holds"),
         (small, 50, "every worker has work"),
     ):
-        plan = Plan(packs=packs(members, workers, most=room.most), costs={}, workers=workers, done=0, room=room)
+        cut = packs(members, workers, most=room.most)
+        plan = Plan(packs=cut, costs={}, workers=workers, done=0, room=room, measured_on="cpu")
         sizes = {len(pack.members) for pack in plan.packs}
         parts = -(-100 // min(room.most(CONFIG), -(-100 // workers)))
         assert sizes == {100 // parts, -(-100 // parts)}
@@ -171,6 +175,19 @@ def test_a_plan_for_gpus_that_are_not_here_is_measured_on_as_few_as_a_cpu_takes(
     assert (len(tried[1].members), list(here.costs.values())) == (40, [cost])
 
 
+def test_on_a_smaller_gpu_than_the_workers_a_plan_is_measured_on_as_many_as_it_takes(monkeypatch):
+    """In the way that they will be trained."""
+    one = dataclasses.replace(MEMBERS[0], config=dataclasses.replace(CONFIG, train=TrainConfig(compiled=True)))
+    pack = Pack(members=tuple(dataclasses.replace(one, id=f"{i:016x}") for i in range(40)))
+    for most, expected in ((10, 10), (40, 40), (1000, 40)):
+        room = SimpleNamespace(most=lambda config, most=most: most)
+        monkeypatch.setattr(plan, "Room", SimpleNamespace(here=lambda gpus, room=room: room if gpus else None))
+        tried = plan.stand_in(pack, "cuda")
+        assert len(tried.members) == expected
+        assert (tried is pack) == (expected == 40)
+        assert all(member.config.train.compiled for member in tried.members)
+
+
 def test_the_dry_run_tells_sizes_and_reasons(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     uri = f"sqlite:///{tmp_path}/x.db"
@@ -183,44 +200,72 @@ def test_the_dry_run_tells_sizes_and_reasons(capsys, tmp_path, monkeypatch):
     assert "a worker takes 0.5 GB before that, and has" in told
 
 
-CUDA, CPU = Room(device="cuda", memory=3 * GIB), Room(device="cpu", memory=7)
+CUDA, SMALL, CPU = (Room(device=kind, memory=size) for kind, size in (("cuda", 3 * GIB), ("cuda", GIB), ("cpu", 7)))
+LOST = RayError("a task failed\nno driver")
+
+
+class Asked:
+    """Ray, as far as nodes are asked for their room: `found` is what each answers, or raises; all at once."""
+
+    def __init__(self, monkeypatch, found):
+        self.found, self.asked, self.cancelled = found, [], []
+        monkeypatch.setattr(dispatch, "ray", self)
+
+    def nodes(self):
+        with_gpu = {"CPU": 4.0, "GPU": 1.0, "memory": 4.0 * GIB}
+        nodes = [{"NodeID": 56 * name, "Alive": True, "Resources": with_gpu} for name in self.found]
+        return [*nodes, {"NodeID": "head", "Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False}]
+
+    def remote(self, **wanted):
+        def remote(name, gpus):
+            self.asked.append((name, wanted["num_gpus"], gpus))
+            return name
+
+        def options(scheduling_strategy):
+            return SimpleNamespace(remote=functools.partial(remote, scheduling_strategy.node_id[0]))
+
+        return lambda work: SimpleNamespace(options=options)
+
+    def wait(self, answers, num_returns, timeout=None):
+        """What stands in a tuple comes only to those who wait without a limit."""
+        there = [name for name in answers if timeout is None or not isinstance(self.found[name], tuple)][:num_returns]
+        return there, [name for name in answers if name not in there]
+
+    def get(self, name):
+        answer = self.found[name][0] if isinstance(self.found[name], tuple) else self.found[name]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def cancel(self, name):
+        self.cancelled.append(name)
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("found", "expected", "told"),
     [
-        ({"a": CUDA, "b": Room(device="cuda", memory=GIB)}, Room(device="cuda", memory=GIB)),
-        ({"a": CUDA, "b": CPU}, CUDA),
-        ({"a": CPU, "b": CPU}, Room(device="cpu", memory=GIB)),  # GPUs in name only
+        ({"a": CUDA, "b": SMALL}, SMALL, []),
+        ({"a": CUDA, "b": CPU}, CUDA, []),
+        ({"a": CPU, "b": CPU}, Room(device="cpu", memory=GIB), []),  # GPUs in name only
+        ({"a": CUDA, "b": LOST}, CUDA, ["node " + 56 * "b" + " does not say what room its GPUs have: no driver"]),
+        ({"a": CUDA, "b": (SMALL,)}, CUDA, ["the GPUs of node " + 56 * "b" + " are in use"]),
+        ({"a": (CUDA,), "b": (SMALL,)}, CUDA, ["the GPUs of node " + 56 * "b" + " are in use"]),
+        ({"a": LOST, "b": (SMALL,)}, SMALL, ["node " + 56 * "a" + " does not say"]),
     ],
 )
-def test_the_gpus_of_every_node_are_asked_for_their_free_memory(monkeypatch, found, expected):
-    asked = []
-
-    class Task:
-        def __init__(self, **options):
-            self.wanted = options
-
-        def __call__(self, work):
-            return self
-
-        def options(self, scheduling_strategy):
-            self.node = scheduling_strategy.node_id[0]
-            return self
-
-        def remote(self, gpus):
-            asked.append((self.node, self.wanted["num_gpus"], gpus))
-            return found[self.node]
-
-    with_gpu = {"CPU": 4.0, "GPU": 1.0, "memory": 4.0 * GIB}
-    nodes = [{"NodeID": 56 * name, "Alive": True, "Resources": with_gpu} for name in "ab"]
-    nodes += [{"NodeID": "head", "Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False}]
-    ray = SimpleNamespace(
-        remote=Task, get=lambda value: value, nodes=lambda: nodes, wait=lambda rooms, **options: (rooms, [])
-    )
-    monkeypatch.setattr(dispatch, "ray", ray)
+def test_the_gpus_of_every_node_are_asked_for_their_free_memory(monkeypatch, capsys, found, expected, told):
+    cluster = Asked(monkeypatch, found)
     assert dispatch.find_room({"CPU": 1.0, "GPU": 0.25}) == expected
-    assert asked == [("a", 0.25, 0.25), ("b", 0.25, 0.25)]
+    assert cluster.asked == [("a", 0.25, 0.25), ("b", 0.25, 0.25)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(told) == len(cluster.cancelled) + sum(answer is LOST for answer in found.values())
+    assert all(line.startswith(f"headway: {start}") for line, start in zip(lines, told, strict=True))
+
+
+def test_gpus_of_which_no_node_says_anything_are_no_room(monkeypatch):
+    Asked(monkeypatch, {"a": LOST, "b": LOST})
+    with pytest.raises(BrokenOffError, match="no node of the cluster says what room its GPUs have"):
+        dispatch.find_room({"CPU": 1.0, "GPU": 0.25})
 
 
 @pytest.mark.slow

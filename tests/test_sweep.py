@@ -140,7 +140,7 @@ def test_stored_configs_are_checked_by_name(tmp_path, change, message):
     [
         ({"widths": ()}, "widths: () is not allowed; it must be at least one width"),
         ({"widths": (16, 16)}, "widths: (16, 16) is not allowed; it must be without repeats"),
-        ({"widths": (18,)}, "width: 18 is not allowed; it must be divisible by heads = 4"),
+        ({"widths": (18,)}, "width: 18 is not allowed; it must be a multiple of 4"),
         ({"seeds": 0}, "seeds: 0"),
         ({"name": ""}, "name: ''"),
         ({"axes": {"train.lr": (1.0,)}}, "train: 'lr' is unknown"),

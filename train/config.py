@@ -16,6 +16,9 @@ Splitting = Literal["lie", "strang"]
 Attention = Literal["global", "local"]
 Precision = Literal["float32", "float64", "tf32", "bf16"]
 
+WIDTH_UNIT = 4
+"""At other widths products would round by a member's place in its pack (see `train.model.filled`)."""
+
 
 def require_finite(config: Any) -> None:
     """Raise ValueError if a float field of the dataclass is infinite or not a number."""
@@ -73,9 +76,8 @@ class ModelConfig:
 
     def require_divisible(self) -> None:
         """Raise ValueError unless the width splits into heads. Apart from the rest, as a sweep sets the width last."""
-        require(
-            self.width % 4 == 0, "width", self.width, "a multiple of 4, for equal bits in packs of any size"
-        )  # see `filled`
+        unit = f"a multiple of {WIDTH_UNIT}, for equal bits in packs of any size"
+        require(self.width % WIDTH_UNIT == 0, "width", self.width, unit)
         given, parts = ("heads", self.heads) if self.heads is not None else ("head_dim", self.head_dim)
         require(self.width % (parts or 1) == 0, "width", self.width, f"divisible by {given} = {parts}")
 

@@ -14,9 +14,10 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # their numbers in glibc's malloc.h
 def be_worker() -> None:
     """One thread for torch's operations, and freed memory kept for the next ones.
 
-    glibc gives the top of its heap back as soon as 128 KiB of it are free (later up to 64 MiB), and a step of training
-    then asks for the same pages again: measured, up to 1,000 page faults and a fifth of its time. Other C libraries
-    are left as they are.
+    glibc gives the top of a heap back as soon as 128 KiB of it are free (later up to 64 MiB), and a step of training
+    then asks for the same pages again: up to 1,000 page faults and a fifth of the time of a member's step where packs
+    are trained by the process's first thread (`python -m cluster.pack`), 240 faults by another (a trial of Ray Tune).
+    Other C libraries are left as they are.
     """
     torch.set_num_threads(1)
     library = ctypes.CDLL(None)
