@@ -93,6 +93,19 @@ def test_a_tensor_file_without_its_manifest_is_never_read(tmp_path):
     assert restored(files, ["a"]) is None
 
 
+def test_a_manifest_that_goes_while_others_are_read_is_no_trouble(tmp_path):
+    """As another process on the same folder drops it."""
+
+    class Shared(FolderStore):
+        def names(self, folder):
+            return [*super().names(folder), f"{folder}/gone-000000020.json"]
+
+    files, notes = Shared(tmp_path), []
+    save(files, "p", ["a"], 10)
+    assert restored(files, ["a"], notes)[0] == 10
+    assert notes == []
+
+
 def test_other_results_versions_are_refused(tmp_path):
     files, notes = FolderStore(tmp_path), []
     save(files, "p", ["a"], 10, {"train": 0})

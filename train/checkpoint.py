@@ -130,6 +130,8 @@ def manifests(files: Files, versions: Mapping[str, int] | None, report: Callable
             manifest = Manifest(**{**body, "members": tuple(body["members"])})
             if manifest.name != name or f"-{manifest.step:09d}." not in name:
                 raise ValueError("it names another file or step than its own name does")
+        except FileNotFoundError:  # another pack of this folder has just dropped it
+            continue
         except (ValueError, TypeError, KeyError, OSError) as error:
             report(f"checkpoint {name} is not used: unreadable manifest ({error})")
             continue
