@@ -5,6 +5,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Ray settles for good, at a process's first cluster, whether it asks for tokens, and a later one is started as the
+# environment says by then: all clusters of a test process are of one mode.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 
 @pytest.fixture(autouse=True, scope="session")

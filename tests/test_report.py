@@ -299,9 +299,9 @@ def test_large_sweeps_stay_bounded(planted, tmp_path):
 
 
 def test_many_layers_and_heads_stay_bounded(tmp_path):
-    sweep = make_sweep(widths=(9,), seeds=1, model=ModelConfig(width=9, layers=17, heads=9))
+    sweep = make_sweep(widths=(36,), seeds=1, model=ModelConfig(width=36, layers=17, heads=9))
     many = {(layer, head): ("never" if head else "emerged", 90) for layer in range(17) for head in range(9)}
-    made = Planted(sweep, {((9,), 0): many}, relations=("collision",), distance=False)
+    made = Planted(sweep, {((36,), 0): many}, relations=("collision",), distance=False)
     page = write_report(tmp_path / "report", sweep, made.analysis, made.load, {}).read_text()
     assert panels(page) <= report.PANELS
     assert "strongest heads of a layer" in page
