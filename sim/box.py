@@ -21,8 +21,9 @@ from sim.compiling import can_compile
 from sim.integrator import Advance, chunk_size, compiled_advance, integrate
 
 STEPS_PER_CONTACT = 40
-COMPILE_ABOVE = 40_000_000
-"""Particle-steps from which compiling pays: 13 s of eager integration on one core, against 3-10 s (30 s at first)."""
+COMPILE_ABOVE = 1_000_000_000
+"""Looks at a pair from which compiling pays: 10 s of eager integration on one core, against 2 s of compiled integration
+and 3-4 s for the kernel, 12 s for a process's first (`tests/bench/results/simulation-cpu.md`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +117,8 @@ class ParticleBox:
 
     def compiles_for(self, particle_steps: int, like: Tensor) -> bool:
         """Whether a job of so many particle-steps on boxes `like [B, ...]` is worth compiling for, and that works."""
-        return particle_steps >= COMPILE_ABOVE and can_compile(like.device) and self._compiled(like) is not None
+        looks = particle_steps * max(self.n // 2, 1)
+        return looks >= COMPILE_ABOVE and can_compile(like.device) and self._compiled(like) is not None
 
     def _compiled(self, like: Tensor) -> Advance | None:
         size = chunk_size(self.n, len(like), like.device, compiled=True)
@@ -131,7 +133,7 @@ class ParticleBox:
         integer: the step is shortened, never lengthened, until it divides the duration.
         A box's numbers do not depend on the other boxes of the call, to the last bit. Not differentiable.
 
-        compiled: None compiles (`torch.compile`, 3-10 s once per process, N, dtype and power of two of boxes) where
+        compiled: None compiles (`torch.compile`, 3-12 s once per process, N, dtype and power of two of boxes) where
         that pays and works, and is eager otherwise; True compiles or raises; False never does. On x86 CPUs both gave
         the same bits.
         """

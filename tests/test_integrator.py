@@ -140,6 +140,15 @@ def test_without_compilation_large_jobs_are_eager(monkeypatch):
         box.simulate(x, v, 0.02, compiled=True)
 
 
+@pytest.mark.parametrize(("n", "particle_steps"), [(1, 1_000_000_000), (16, 125_000_000), (64, 31_250_000)])
+def test_compiling_pays_by_the_pairs_that_are_looked_at(monkeypatch, n, particle_steps):
+    monkeypatch.setattr(sim.box, "can_compile", lambda _: True)
+    monkeypatch.setattr(sim.box, "compiled_advance", lambda *key: key)
+    box, like = ParticleBox(n=n, radius=0.02), torch.zeros(4, n, 2)
+    assert box.compiles_for(particle_steps, like)
+    assert not box.compiles_for(particle_steps - 1, like)
+
+
 def test_small_jobs_do_not_compile(monkeypatch):
     def compile_it(*_):
         raise AssertionError("compiled")
