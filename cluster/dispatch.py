@@ -158,7 +158,7 @@ def _gpu_rooms(resources: Mapping[str, float]) -> list[Room]:
     while busy and not found:
         done, busy = ray.wait(busy, num_returns=1)
         found = _answers(done, asked)
-    if not found:
+    if asked and not found:
         raise BrokenOffError("no node of the cluster says what room its GPUs have")
     for answer in busy:
         warn(f"the GPUs of node {asked[answer]} are in use: packs are sized by those of other nodes")

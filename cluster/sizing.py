@@ -17,8 +17,8 @@ from sim.compiling import can_compile
 from sim.generator import Generator
 from sim.system import Rows, System
 from train.config import ModelConfig
-from train.loop import CACHE, MEMBERS_AT_ONCE, free_memory
-from train.model import activations, count_parameters, tensor_specs
+from train.loop import CACHE, MEMBERS_AT_ONCE, free_memory, kept_bytes
+from train.model import count_parameters, tensor_specs
 from train.neighbours import tokens_and_keys
 
 SAFE = 0.5  # share of the free memory that a pack is sized to: sizes below are estimates
@@ -124,7 +124,7 @@ def activation_bytes(config: MemberConfig) -> int:
     """What one member keeps for the backward pass of a batch, or for the predictions of a probe."""
     tokens, keys = _shape_of(config.system, config.model)  # type: ignore[arg-type]
     examples = max(config.train.batch_size, config.probe.at_once)
-    return examples * activations(config.model, tokens, keys) * config.train.dtype.itemsize
+    return kept_bytes(config.model, config.train, examples, tokens, keys)
 
 
 def pool_bytes(config: MemberConfig) -> int:

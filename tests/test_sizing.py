@@ -27,12 +27,13 @@ from cluster.sizing import (
 )
 from cluster.sweep import DataConfig, Pack, Sweep, packs, validate
 from cluster.tracking import BrokenOffError
+from sim.particles import ParticleBox
 from sim.pool import Pool
 from sim.system import Batch
 from tests.test_pack import MEMBERS, Memory
 from tests.toys import MaskedToy
 from train.config import ModelConfig, TrainConfig
-from train.loop import Trainer
+from train.loop import Trainer, kept_bytes
 from train.model import activations, forward
 
 GIB = 1 << 30
@@ -95,6 +96,17 @@ def test_activations_are_estimated_to_a_quarter(model, batch_size, precision):
     local = dataclasses.replace(batch, keys=nearest)
     estimate = 3 * batch_size * activations(model, 16, 5) * train.dtype.itemsize
     assert estimate == pytest.approx(kept_by_autograd(trainer, local), rel=0.25)
+
+
+def test_examples_that_fill_a_batch_up_are_estimated_too():
+    """40 examples of 7 tokens are read as 64."""
+    system = dataclasses.replace(CONFIG.system, box=ParticleBox(n=7))
+    train = TrainConfig(batch_size=40)
+    rows = Pool.make(system, 0, {"train": 64}).parts["train"]
+    trainer = Trainer(system, rows, CONFIG.model, [train] * 3, [1, 2, 3], chunk=3)
+    batch = system.draw(rows.take(torch.zeros(3, 40, dtype=torch.int64)), None)
+    batch = Batch(inputs=batch.inputs, targets=batch.targets)
+    assert 3 * kept_bytes(CONFIG.model, train, 40, 7, None) == pytest.approx(kept_by_tape(trainer, batch), rel=0.25)
 
 
 def test_a_member_takes_at_least_its_tensors():
@@ -260,6 +272,12 @@ def test_the_gpus_of_every_node_are_asked_for_their_free_memory(monkeypatch, cap
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(told) == len(cluster.cancelled) + sum(answer is LOST for answer in found.values())
     assert all(line.startswith(f"headway: {start}") for line, start in zip(lines, told, strict=True))
+
+
+def test_where_no_node_has_place_for_a_worker_no_gpu_is_asked(monkeypatch):
+    cluster = Asked(monkeypatch, {})
+    assert dispatch.find_room({"CPU": 1.0, "GPU": 0.25}).device == "cpu"
+    assert cluster.asked == []
 
 
 def test_gpus_of_which_no_node_says_anything_are_no_room(monkeypatch):

@@ -75,7 +75,8 @@ class ModelConfig:
         require(parts is not None and parts >= 1, given, parts, "at least 1")
 
     def require_divisible(self) -> None:
-        """Raise ValueError unless the width splits into heads. Apart from the rest, as a sweep sets the width last."""
+        """Raise ValueError unless the width is one for packs and splits into heads. Apart from the rest, as a sweep
+        sets the width last."""
         unit = f"a multiple of {WIDTH_UNIT}, for equal bits in packs of any size"
         require(self.width % WIDTH_UNIT == 0, "width", self.width, unit)
         given, parts = ("heads", self.heads) if self.heads is not None else ("head_dim", self.head_dim)

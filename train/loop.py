@@ -22,7 +22,7 @@ from sim.checks import require
 from sim.generator import Generator
 from sim.system import Rows, System
 from train.config import ModelConfig, TrainConfig
-from train.model import activations, initial, tensor_specs
+from train.model import activations, filled_examples, initial, tensor_specs
 from train.neighbours import tokens_and_keys
 from train.recording import Recording, aside
 from train.snapshot import Snapshot
@@ -56,7 +56,7 @@ def fitting(system: System, rows: Rows, model: ModelConfig, train: TrainConfig, 
     A CPU is fastest while what they keep for the backward pass stays near its cache; a GPU while half of its free
     memory holds it.
     """
-    each = (examples or train.batch_size) * example_bytes(system, rows, model, train)
+    each = kept_bytes(model, train, examples or train.batch_size, *tokens_and_keys(system, model, rows))
     if rows.device.type == "cuda":
         return max(1, free_memory(rows.device) // 2 // each)
     return max(1, min(MEMBERS_AT_ONCE, CACHE // each))
@@ -70,9 +70,9 @@ def free_memory(device: torch.device) -> int:
     return max(0, min(free + unused, share - held))
 
 
-def example_bytes(system: System, rows: Rows, model: ModelConfig, train: TrainConfig) -> int:
-    """Bytes that one member keeps of one example for the backward pass, about."""
-    return activations(model, *tokens_and_keys(system, model, rows)) * train.dtype.itemsize
+def kept_bytes(model: ModelConfig, train: TrainConfig, examples: int, tokens: int, keys: int | None) -> int:
+    """Bytes that one member keeps of so many examples for the backward pass, about."""
+    return filled_examples(examples, tokens) * activations(model, tokens, keys) * train.dtype.itemsize
 
 
 def even_cuts(count: int, most: int) -> list[slice]:

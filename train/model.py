@@ -155,6 +155,12 @@ def visible_keys(batch: Batch) -> Tensor | None:
     return visible
 
 
+def filled_examples(examples: int, tokens: int) -> int:
+    """How many examples of so many tokens each the model reads in place of `examples`: see `filled`."""
+    unit = FULL // math.gcd(FULL, tokens)
+    return -(-examples // unit) * unit
+
+
 def filled(batch: Batch) -> Batch:
     """The batch as the model reads it: with examples added that have no real token, up to a multiple of `FULL` tokens.
 
@@ -162,7 +168,7 @@ def filled(batch: Batch) -> Batch:
     vector of numbers. With whole lines and vectors both are the same for all members of a stack, and for one alone.
     """
     B, N = batch.inputs.shape[-3:-1]
-    if not (extra := -B % (FULL // math.gcd(FULL, N))):
+    if not (extra := filled_examples(B, N) - B):
         return batch
     lead = (B, N) if batch.keys is None else batch.keys.shape[:-1]
     mask = batch.inputs.new_ones(lead, dtype=torch.bool) if batch.mask is None else batch.mask
